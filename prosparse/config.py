@@ -4,7 +4,7 @@ In: nothing. Out: `Train`, `Prepare`, `Measure`, `ShiftCheckpoint`, `Export`, th
 which raises ValueError for whatever a user can mend in a config.
 """
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from math import isfinite
 from typing import Any
@@ -328,7 +328,6 @@ def require(condition: bool, message: str) -> None:
 
 def validate(config: Any) -> None:
     """Check one verb's config across fields; raises ValueError that names the key and the remedy."""
-    _no_missing(config, "")
     if isinstance(config, Train):
         validate_recipe(config.recipe)
         _validate_train(config)
@@ -473,14 +472,3 @@ def _validate_weights(weights: dict[str, float], key: str, suffix: str = "") -> 
 def _validate_device(device: str) -> None:
     require(device in ("auto", "cpu", "cuda"), f"device is {device}: choose auto, cpu or cuda")
 
-
-def _no_missing(config: Any, path: str) -> None:
-    for item in fields(config):
-        value, key = getattr(config, item.name), f"{path}{item.name}"
-        require(not (isinstance(value, str) and value == MISSING), f"{key} is missing: give {key}=VALUE")
-        if is_dataclass(value):
-            _no_missing(value, f"{key}.")
-        elif isinstance(value, dict):
-            for name, part in value.items():
-                if is_dataclass(part):
-                    _no_missing(part, f"{key}.{name}.")

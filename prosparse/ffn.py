@@ -6,12 +6,14 @@ In: a transformers model. Out: the same model with every gated FFN replaced by a
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch.nn as nn
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from prosparse.activations import INTERMEDIATES, intermediate
+from prosparse.penalty import PenaltyContext, inject_l1
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -75,6 +77,18 @@ def sparse_ffns(model: nn.Module) -> list[SparseFFN]:
     return [module for module in model.modules() if isinstance(module, SparseFFN)]
 
 
+def activation_of(model: PreTrainedModel) -> tuple[str, float]:
+    """(activation, parameter) that the gated FFNs of `model` compute; raises ValueError if it is none that we know."""
+    ffn = next(iter(find_ffns(model).values()))
+    if isinstance(ffn, SparseFFN):
+        return ffn.activation, ffn.param
+    config = model.config.get_text_config()
+    name = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
+    if name not in INTERMEDIATES:
+        raise ValueError(f"the model's hidden_act is {name}: prosparse knows {', '.join(INTERMEDIATES)}")
+    return name, 0.0
+
+
 def substitute(model: PreTrainedModel, activation: str, param: float = 0.0) -> Substitution:
     """Give every gated FFN of `model` the activation `activation` (a key of activations.INTERMEDIATES), in place.
 
@@ -86,13 +100,7 @@ def substitute(model: PreTrainedModel, activation: str, param: float = 0.0) -> S
         raise ValueError(f"activation is {activation}: choose one of {', '.join(INTERMEDIATES)}")
     ffns = find_ffns(model)
     config = model.config.get_text_config()
-    first = next(iter(ffns.values()))
-    if isinstance(first, SparseFFN):
-        replaced, replaced_param = first.activation, first.param
-    else:
-        replaced, replaced_param = getattr(config, "hidden_act", None) or config.hidden_activation, 0.0
-    if replaced not in INTERMEDIATES:
-        raise ValueError(f"the model's hidden_act is {replaced}: prosparse knows {', '.join(INTERMEDIATES)}")
+    replaced, replaced_param = activation_of(model)
     for name, module in ffns.items():
         if isinstance(module, SparseFFN):
             module.activation, module.param = activation, param
@@ -105,6 +113,12 @@ def substitute(model: PreTrainedModel, activation: str, param: float = 0.0) -> S
             setattr(config, key, activation)
     config.hidden_act_param = param
     return Substitution(len(ffns), replaced, replaced_param, activation, param)
+
+
+def set_penalty(model: nn.Module, context: PenaltyContext | None) -> None:
+    """Hand every SparseFFN the context of the micro-batches to come, as layer 0, 1, ...; None takes it away."""
+    for layer, ffn in enumerate(sparse_ffns(model)):
+        ffn.penalty = None if context is None else partial(inject_l1, context=context, layer=layer)
 
 
 def _is_gated(module: nn.Module) -> bool:

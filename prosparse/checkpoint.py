@@ -1,0 +1,217 @@
+"""Checkpoints that are complete or invisible: save, commit, verify, find, prune.
+
+In: a DeepSpeed engine, a `TrainState` and what belongs to the run. Out: checkpoints/step-00001200/, whose manifest.json
+is written last, names every file with size and digest, and becomes visible by one rename. There is no pointer file.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import xxhash
+from safetensors.torch import load_file, save_file
+
+ENGINE = "engine"  # the folder (DeepSpeed: tag) of the engine's own files
+T = TypeVar("T")
+
+
+@dataclass
+class TrainState:
+    """The whole resumable state beside the engine's.
+
+    step: optimizer steps applied; window: windows consumed (applied or skipped); tokens: tokens of applied steps.
+    """
+
+    step: int = 0
+    window: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    tracking_id: str | None = None
+
+
+def from_rank_zero(function: Callable[[], T]) -> T:
+    """Run `function` on rank 0 and give every rank its result, or every rank its ValueError or OSError."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return function()
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = function()
+        except (ValueError, OSError) as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def agree(function: Callable[[], T], what: str) -> T:
+    """Run `function` on every rank; if it fails on any, raise OSError that names the rank and reason on all."""
+    result, error = None, None
+    try:
+        result = function()
+    except Exception as failure:  # any failure of one rank has to reach the others, or they wait for ever
+        error = f"{type(failure).__name__}: {failure}"
+    errors = [error]
+    if dist.is_initialized():
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+    for rank, reason in enumerate(errors):
+        if reason is not None:
+            raise OSError(f"{what} failed on rank {rank}: {reason}")
+    return result  # type: ignore[return-value]
+
+
+def save(
+    engine: Any,
+    run_dir: Path,
+    state: TrainState,
+    record: dict,
+    write_skeleton: Callable[[Path], None],
+    keep: int,
+) -> Path:
+    """Write and commit the checkpoint of `state.step` (all ranks call it), then prune to the `keep` newest.
+
+    `record` goes into the manifest; `write_skeleton(folder)` writes the model's config and tokenizer. The steps: write to
+    step-N.tmp; hash and fsync every file, shared among the ranks; all ranks agree; manifest.json last; rename.
+    Raises OSError on all ranks if any rank fails; earlier checkpoints are untouched then.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    final = run_dir / "checkpoints" / f"step-{state.step:08d}"
+    temporary = final.with_suffix(".tmp")
+    if from_rank_zero(lambda: (final / "manifest.json").exists()):
+        return final
+
+    def start() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def write() -> None:
+        engine.save_checkpoint(str(temporary), tag=ENGINE, save_latest=False)
+        generators = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            generators["cuda"] = torch.cuda.get_rng_state()
+        save_file(generators, temporary / f"rng-rank{rank:05d}.safetensors")
+        if rank == 0:
+            write_skeleton(temporary / "skeleton")
+
+    def hash_share() -> dict[str, dict]:
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        return {str(path.relative_to(temporary)): _digest(path, flush=True) for path in files[rank::world]}
+
+    def commit(files: dict[str, dict]) -> None:
+        manifest = {"format": 1, "state": asdict(state), "ranks": world, **record, "files": dict(sorted(files.items()))}
+        with open(temporary / "manifest.json", "w") as file:
+            json.dump(manifest, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_folder(temporary)
+        os.rename(temporary, final)
+        _sync_folder(final.parent)
+        _prune(run_dir, keep)
+
+    from_rank_zero(start)
+    agree(write, f"saving {final}")
+    share = agree(hash_share, f"saving {final}")
+    shares: list[dict] = [share]
+    if dist.is_initialized():
+        shares = [{} for _ in range(world)]
+        dist.all_gather_object(shares, share)
+    from_rank_zero(lambda: commit({name: entry for part in shares for name, entry in part.items()}))
+    return final
+
+
+def restore(engine: Any, folder: Path) -> dict:
+    """Load a verified checkpoint into the engine and the random generators (all ranks call it); return its manifest.
+
+    Raises ValueError if a digest does not hold or the rank count differs, OSError if any rank cannot load.
+    """
+    manifest = from_rank_zero(lambda: verify(folder))
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if manifest["ranks"] != world:
+        raise ValueError(f"{folder} was written by {manifest['ranks']} ranks and this run has {world}: start as many")
+
+    def load() -> None:
+        path, _ = engine.load_checkpoint(str(folder), tag=ENGINE, load_lr_scheduler_states=False)
+        if path is None:
+            raise OSError("DeepSpeed found no checkpoint there")
+        generators = load_file(folder / f"rng-rank{rank:05d}.safetensors")
+        torch.set_rng_state(generators["cpu"])
+        if torch.cuda.is_available() and "cuda" in generators:
+            torch.cuda.set_rng_state(generators["cuda"])
+
+    agree(load, f"loading {folder}")
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a checkpoint folder; raises ValueError if there is none that can be read."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert isinstance(manifest["files"], dict) and isinstance(manifest["state"], dict)
+        return manifest
+    except (OSError, ValueError, KeyError, AssertionError) as error:
+        raise ValueError(f"{folder} is no complete checkpoint: manifest.json is missing or damaged") from error
+
+
+def verify(folder: Path) -> dict:
+    """Check every file of a checkpoint against its manifest, which is returned; raises ValueError naming the first bad one."""
+    manifest = read_manifest(folder)
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{folder} is damaged: {name} is missing")
+        if path.stat().st_size != entry["size"] or _digest(path) != entry:
+            raise ValueError(f"{folder} is damaged: {name} is not the file that was saved")
+    return manifest
+
+
+def find(run_dir: Path) -> Path | None:
+    """The newest checkpoint of a run that verifies, or None; says on stderr which ones it passed over and why."""
+    for folder in _complete(run_dir):
+        try:
+            verify(folder)
+            return folder
+        except ValueError as error:
+            print(f"passing over a checkpoint: {error}", file=sys.stderr)
+    return None
+
+
+def _complete(run_dir: Path) -> list[Path]:
+    folders = (run_dir / "checkpoints").glob("step-*")
+    return sorted((f for f in folders if f.suffix != ".tmp" and (f / "manifest.json").is_file()), reverse=True)
+
+
+def _prune(run_dir: Path, keep: int) -> None:
+    assert keep >= 2
+    for folder in _complete(run_dir)[keep:]:
+        (folder / "manifest.json").unlink()  # invisible first: what is left of an interrupted removal is no checkpoint
+        shutil.rmtree(folder)
+    for folder in (run_dir / "checkpoints").glob("step-*"):
+        if not (folder / "manifest.json").is_file():
+            shutil.rmtree(folder)
+
+
+def _digest(path: Path, flush: bool = False) -> dict:
+    digest, size = xxhash.xxh3_128(), 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+            size += len(chunk)
+        if flush:
+            os.fsync(file.fileno())
+    return {"size": size, "xxh3_128": digest.hexdigest()}
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

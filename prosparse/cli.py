@@ -1,0 +1,305 @@
+"""The command `prosparse VERB key=value ...`: composes configs, registers their schema, calls one function.
+
+In: Hydra overrides. Out: the verb's result, as JSON on the last line of stdout when run plainly; people read stderr.
+Hydra and OmegaConf live here only. Exit codes: 0 done, 1 failed, 2 the user's input.
+"""
+
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from prosparse import config as schema
+
+SCHEMAS: dict[str, type] = {
+    "train": schema.Train,
+    "prepare": schema.Prepare,
+    "measure": schema.Measure,
+    "shift": schema.ShiftCheckpoint,
+    "export": schema.Export,
+}
+FREE_TEXT = re.compile(r"^(run_dir|resume|checkpoint|text|out|model\.source|data\.(cache|tokenizer|sources\.\w+\.path))=")
+USAGE = f"""usage: prosparse VERB key=value ...
+verbs: {", ".join(SCHEMAS)}
+flags: --cfg job [--resolve] prints what would run, --config-dir DIR adds configs of your own, --multirun runs several
+example: prosparse train experiment=demo run_dir=runs/demo
+"""
+
+
+def compose(verb: str, overrides: Sequence[str] = (), config_dir: str | None = None) -> Any:
+    """The checked config object of `verb` (a key of SCHEMAS) after `overrides`; `config_dir` adds a folder of configs.
+
+    Raises ValueError, in one line that names the key, for whatever a user can mend.
+    """
+    raw = _compose_raw(verb, overrides, config_dir)
+    missing = OmegaConf.missing_keys(raw)
+    if missing:
+        raise ValueError(f"{', '.join(sorted(missing))} missing: give {' '.join(f'{key}=VALUE' for key in sorted(missing))}")
+    return _checked(raw)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(USAGE, file=sys.stderr)
+        return 0 if given else 2
+    verb, *rest = given
+    speaks = int(os.environ.get("RANK", "0")) == 0
+    try:
+        if verb not in SCHEMAS:
+            raise ValueError(f"no such verb: {verb}; choose {', '.join(SCHEMAS)}")
+        flags, overrides, config_dir = _split(rest)
+        if flags:
+            return _run_hydra(verb, flags, overrides, config_dir)
+        result = RUN[verb](compose(verb, overrides, config_dir))
+    except ValueError as error:
+        if speaks:
+            print(f"prosparse {verb}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"prosparse {verb}: {error}", file=sys.stderr)
+        return 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+    if "WORLD_SIZE" not in os.environ or os.environ["WORLD_SIZE"] == "1":
+        print(json.dumps(result))
+    return 0
+
+
+# --- the verbs --------------------------------------------------------------------------------------------------------
+
+
+def _train(config: schema.Train) -> dict:
+    from prosparse.trainer import train
+
+    return train(config)
+
+
+def _prepare(config: schema.Prepare) -> dict:
+    from prosparse import schedule
+    from prosparse.data import prepare
+    from prosparse.models.load import load_config, load_tokenizer
+
+    model = config.model
+    tokenizer = load_tokenizer(config.data.tokenizer or model.source, trust_remote_code=model.trust_remote_code)
+    vocabulary = load_config(model.source, revision=model.revision, trust_remote_code=model.trust_remote_code).vocab_size
+    prepared = prepare(config.data, tokenizer, schedule.contexts(config.recipe), vocabulary)
+    return {str(context): rows.manifest for context, rows in prepared.items()}
+
+
+def _measure(config: schema.Measure) -> dict:
+    from prosparse.sparsity import measure, spread
+
+    model, tokenizer = _open(config)
+    rows = _rows(config, tokenizer, config.held_out)
+    result = asdict(measure(model, rows, batch=config.batch, indices=spread(len(rows), config.rows)))
+    result |= {
+        "checkpoint": config.checkpoint,
+        "text": config.text,
+        "held_out": config.held_out,
+        "context": config.context,
+        "dtype": str(config.dtype),
+        "device": str(model.device),
+    }
+    if config.out is not None:
+        _write_result(Path(config.out), result)
+    print(f"perplexity {result['perplexity']:.3f}  sparsity {result['sparsity']:.2%}  on {result['tokens']:,} tokens", file=sys.stderr)
+    return result
+
+
+def _shift(config: schema.ShiftCheckpoint) -> dict:
+    from prosparse.exporters.hf import export_hf
+    from prosparse.ffn import activation_of, substitute
+    from prosparse.sparsity import spread
+    from prosparse.threshold import Point, shift
+
+    model, tokenizer = _open(config)
+    substitute(model, *activation_of(model))
+    rows = _rows(config, tokenizer, None)
+    chosen = [rows[i] for i in spread(len(rows), config.calibration_rows)]
+    how = schema.Shift(config.threshold, config.budget, config.calibration_rows, config.start, config.refinements)
+
+    def report(point: Point) -> None:
+        print(
+            f"threshold {point.threshold:.5g}  sparsity {point.sparsity:.2%}  perplexity {point.perplexity:.3f}",
+            file=sys.stderr,
+        )
+
+    result = shift(model, chosen, how, batch=config.batch, report=report).to_dict() | {"text": config.text}
+    result["export"] = export_hf(model, tokenizer, Path(config.out), _dtype(config.dtype))
+    _write_result(Path(config.out), result)
+    return result
+
+
+def _export(config: schema.Export) -> dict:
+    from prosparse.exporters.hf import export_hf
+    from prosparse.models.load import load_model, load_tokenizer
+
+    dtype = _dtype(config.dtype)
+    model = load_model(config.checkpoint, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(config.checkpoint, trust_remote_code=config.trust_remote_code)
+    return export_hf(model, tokenizer, Path(config.out), dtype)
+
+
+RUN: dict[str, Callable[[Any], dict]] = {
+    "train": _train,
+    "prepare": _prepare,
+    "measure": _measure,
+    "shift": _shift,
+    "export": _export,
+}
+
+
+def _open(config: schema.Measure | schema.ShiftCheckpoint) -> tuple[Any, Any]:
+    import torch
+
+    from prosparse.models.load import load_model, load_tokenizer
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    trust = config.trust_remote_code
+    model = load_model(config.checkpoint, dtype=_dtype(config.dtype), device=device, trust_remote_code=trust)
+    return model, load_tokenizer(config.checkpoint, trust_remote_code=trust)
+
+
+def _rows(config: schema.Measure | schema.ShiftCheckpoint, tokenizer: Any, held_out: float | None) -> Any:
+    from prosparse.data import text_rows
+
+    return text_rows(
+        config.text,
+        tokenizer,
+        config.context,
+        bos=config.bos,
+        column=config.column,
+        cache=config.cache,
+        held_out=held_out,
+    )
+
+
+def _dtype(dtype: schema.Dtype) -> Any:
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+
+
+def _write_result(folder: Path, result: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+# --- Hydra ------------------------------------------------------------------------------------------------------------
+
+
+def _register() -> None:
+    store = ConfigStore.instance()
+    for verb, node in SCHEMAS.items():
+        store.store(name=f"schema_{verb}", node=node)
+
+
+def _compose_raw(verb: str, overrides: Sequence[str], config_dir: str | None) -> Any:
+    _register()
+    GlobalHydra.instance().clear()
+    quoted = [_quote(override) for override in overrides]
+    if config_dir is not None:
+        quoted.append(f"hydra.searchpath=['file://{Path(config_dir).expanduser().resolve()}']")
+    try:
+        with initialize_config_module("prosparse.configs", version_base="1.3"):
+            return hydra_compose(verb, quoted)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_one_line(error)) from error
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str], str | None]:
+    """(Hydra's flags, overrides, config folder); a launcher's --local_rank is dropped."""
+    flags, overrides, config_dir = [], [], None
+    rest = iter(arguments)
+    for argument in rest:
+        name, _, value = argument.partition("=")
+        if name in ("--local_rank", "--local-rank"):
+            if not value:
+                next(rest, None)
+        elif name in ("--config-dir", "-cd"):
+            config_dir = value or next(rest, "")
+        elif name in ("--cfg", "-c", "--package", "-p") and not value:
+            flags += [argument, next(rest, "job")]
+        elif argument.startswith("-"):
+            flags.append(argument)
+        else:
+            overrides.append(argument)
+    return flags, overrides, config_dir
+
+
+def _run_hydra(verb: str, flags: list[str], overrides: list[str], config_dir: str | None) -> int:
+    """What Hydra's own command line does: --cfg, --info, --help, --multirun."""
+    if "--multirun" in flags or "-m" in flags:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("--multirun under a launcher would start each run inside every rank: use a shell loop instead")
+    else:
+        raw = _compose_raw(verb, overrides, config_dir)
+        if not OmegaConf.missing_keys(raw):
+            _checked(raw)
+    _register()
+    GlobalHydra.instance().clear()
+    folder = ["--config-dir", str(Path(config_dir).expanduser().resolve())] if config_dir is not None else []
+    sys.argv = [f"prosparse {verb}", *flags, *folder, *map(_quote, overrides)]
+
+    @hydra.main(config_path="pkg://prosparse.configs", config_name=verb, version_base="1.3")
+    def task(raw: Any) -> None:
+        print(json.dumps(RUN[verb](_checked(raw))))
+
+    task()
+    return 0
+
+
+def _quote(override: str) -> str:
+    """Quote a free-text value that Hydra's grammar would stumble over."""
+    match = FREE_TEXT.match(override)
+    if match is None or re.fullmatch(r"[\w./~-]*", value := override[match.end() :]) or value[:1] in "'\"":
+        return override
+    return match.group(0) + "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _checked(raw: Any) -> Any:
+    checked = OmegaConf.to_object(raw)
+    _refuse_unknown(checked, "")
+    schema.validate(checked)
+    return checked
+
+
+def _refuse_unknown(config: Any, path: str) -> None:
+    """An added key (+key=value) that the schema does not have."""
+    for name, value in vars(config).items():
+        if name not in config.__dataclass_fields__:
+            raise ValueError(f"{path}{name}: no such key (prosparse VERB --cfg job shows every key)")
+        parts = value if isinstance(value, dict) else {"": value}
+        for part, item in parts.items():
+            if is_dataclass(item):
+                _refuse_unknown(item, f"{path}{name}.{part}." if part else f"{path}{name}.")
+
+
+def _one_line(error: BaseException) -> str:
+    text = f"{error}\n{error.__cause__ or ''}".split("Config search path")[0]
+    lines = [line.strip(" .\t") for line in text.splitlines()]
+    kept = [line for line in lines if line and not line.startswith(("reference_type", "object_type", "To append"))]
+    return "; ".join(dict.fromkeys(kept)) + " (prosparse VERB --cfg job shows every key)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""The L1 penalty on the intermediate, as a gradient, and the statistics that come with it.
+
+In: an intermediate x1 and a `PenaltyContext` for the current micro-batch. Out: x1 itself; backward adds scale · sign(x1).
+The penalty is λ · Σ_layers mean(|x1|), the mean over all non-padding tokens of the window and all neurons.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAGNITUDE, NONZERO, COUNT = 0, 1, 2  # columns of the statistics: Σ|x1|, non-zero elements, elements
+
+
+@dataclass
+class PenaltyContext:
+    """What one micro-batch needs: filled by the trainer, read in backward.
+
+    scale: 0-d tensor, λ / tokens of the window (times the rank count where an engine averages gradients over ranks).
+    statistics: fp64 [layers, 3], added to; the trainer zeroes it when a window starts.
+    token_mask: bool [batch, context], False on padding; None if there is none.
+    """
+
+    scale: Tensor
+    statistics: Tensor
+    token_mask: Tensor | None = None
+
+
+class _InjectL1(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x1: Tensor, context: PenaltyContext, layer: int) -> Tensor:
+        ctx.save_for_backward(x1)
+        ctx.context, ctx.layer, ctx.token_mask = context, layer, context.token_mask
+        return x1.view_as(x1)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):
+        (gradient,), (x1,), context = gradients, ctx.saved_tensors, ctx.context
+        counted, elements = x1, torch.tensor(float(x1.numel()))
+        if ctx.token_mask is not None:
+            counted = x1 * ctx.token_mask.unsqueeze(-1)
+            elements = ctx.token_mask.sum() * x1.shape[-1]
+        row = context.statistics[ctx.layer]
+        row[MAGNITUDE] += torch.linalg.vector_norm(counted, 1, dtype=torch.float32)
+        row[NONZERO] += torch.count_nonzero(counted)
+        row[COUNT] += elements
+        scale = (context.scale / x1.shape[-1]).to(gradient.dtype)
+        return torch.addcmul(gradient, scale, counted.sign().to(gradient.dtype)), None, None
+
+
+def inject_l1(x1: Tensor, context: PenaltyContext, layer: int) -> Tensor:
+    """Return x1 ([..., neurons]; [batch, context, neurons] with a token mask) unchanged.
+
+    In backward, and only there, add context.scale / neurons · sign(x1) to its gradient and this layer's row to
+    context.statistics. Backward runs once per layer and micro-batch whatever the activation checkpointing, forward does
+    not; so gradient and counts are the same with none, non-reentrant and reentrant checkpointing.
+    """
+    return _InjectL1.apply(x1, context, layer)
+
+
+def new_statistics(layers: int, device: torch.device | str = "cpu") -> Tensor:
+    """Zeroed statistics: fp64 [layers, 3]."""
+    return torch.zeros(layers, 3, dtype=torch.float64, device=device)
+
+
+def sparsity_by_layer(statistics: Tensor) -> list[float]:
+    """Share of exact zeros by layer, from summed statistics [layers, 3]."""
+    return (1 - statistics[:, NONZERO] / statistics[:, COUNT]).tolist()
+
+
+def mean_abs_by_layer(statistics: Tensor) -> list[float]:
+    """mean |x1| by layer, from summed statistics [layers, 3]."""
+    return (statistics[:, MAGNITUDE] / statistics[:, COUNT]).tolist()

@@ -1,0 +1,189 @@
+"""What a recipe says at each step: stage, λ, learning rate, rows. Pure functions of a recipe and a step.
+
+In: a `Recipe` and an optimizer step (1-based; only applied steps count). Out: plain numbers.
+The schedule is Algorithm 1 of arXiv 2402.13516, with λ allowed to fall as well as to rise.
+"""
+
+from dataclasses import dataclass, fields, replace
+from math import cos, pi, sin
+
+from prosparse.config import Control, L1Shape, Lr, LrSchedule, PenaltyUnit, Recipe, Stage
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stage with its place in the recipe: steps first..last, both included."""
+
+    name: str
+    stage: Stage
+    first: int
+    last: int
+
+
+def spans(recipe: Recipe) -> list[Span]:
+    """The recipe's stages in order, each with its first and last step."""
+    result: list[Span] = []
+    for name, stage in recipe.stages.items():
+        first = result[-1].last + 1 if result else 1
+        result.append(Span(name, stage, first, first + stage.steps - 1))
+    return result
+
+
+def total_steps(recipe: Recipe) -> int:
+    return sum(stage.steps for stage in recipe.stages.values())
+
+
+def stage_at(recipe: Recipe, step: int) -> Span:
+    """The stage that `step` belongs to. Raises ValueError if `step` lies outside the recipe."""
+    for span in spans(recipe):
+        if span.first <= step <= span.last:
+            return span
+    raise ValueError(f"step {step} lies outside the recipe: it has steps 1 to {total_steps(recipe)}")
+
+
+def l1_factor(recipe: Recipe, step: int) -> float:
+    """Regularization strength λ for the optimizer step `step` (1-based), in the recipe's own penalty unit.
+
+    Constant stages jump to their factor; sine stages rise or fall to it from the previous stage's factor along half a
+    period, so that λ and its slope are continuous at both ends (arXiv 2402.13516, Algorithm 1); linear stages go
+    straight. Controls: 0 for silu_continued and relu_only; for constant_l1 the recipe's largest factor from the first
+    step with λ > 0 on.
+
+    Raises ValueError if `step` lies outside the recipe.
+    """
+    span = stage_at(recipe, step)
+    if recipe.control in (Control.silu_continued, Control.relu_only):
+        return 0.0
+    if recipe.control is Control.constant_l1:
+        start = next((s.first for s in spans(recipe) if s.stage.l1.factor > 0), step + 1)
+        return max(stage.l1.factor for stage in recipe.stages.values()) if step >= start else 0.0
+    goal = span.stage.l1.factor
+    if span.stage.l1.shape is L1Shape.constant:
+        return goal
+    previous = next((s.stage.l1.factor for s in spans(recipe) if s.last == span.first - 1), 0.0)
+    share = (step - span.first + 1) / span.stage.steps
+    if span.stage.l1.shape is L1Shape.sine:
+        share = 0.5 * (sin(-pi / 2 + pi * share) + 1)
+    return previous + share * (goal - previous)
+
+
+def l1_factor_mean(recipe: Recipe, step: int, neurons: int) -> float:
+    """λ for `step` in the unit of this project: the factor of Σ_layers mean(|x1|).
+
+    `sum_1e8` factors weigh 1e-8 · Σ|x1| over the m sequences of a micro-batch, so λ_mean = λ · 1e-8 · m · context ·
+    neurons, with m = recipe.penalty.micro_batch_sequences.
+    """
+    factor, penalty = l1_factor(recipe, step), recipe.penalty
+    if penalty.unit is PenaltyUnit.mean:
+        return factor
+    assert penalty.micro_batch_sequences is not None
+    context = batch_at(recipe, step)[1]
+    return factor * 1e-8 * penalty.micro_batch_sequences * context * neurons
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Learning rate for the optimizer step `step` (1-based).
+
+    A stage that names any part of `lr` opens a segment, which lasts until the next such stage; the schedule spans the
+    segment: linear warm-up, then `constant`; `cosine` to final_ratio · peak over decay_steps (default: the rest of the
+    segment); or `wsd`: constant, then linear to final_ratio · peak over the segment's last decay_steps.
+
+    Raises ValueError if `step` lies outside the recipe.
+    """
+    stage_at(recipe, step)
+    lr, first, last = next(s for s in _lr_segments(recipe) if s[1] <= step <= s[2])
+    done, length = step - first + 1, last - first + 1
+    if done <= lr.warmup_steps:
+        return lr.peak * done / lr.warmup_steps
+    if lr.schedule is LrSchedule.constant:
+        return lr.peak
+    if lr.schedule is LrSchedule.cosine:
+        decay = lr.decay_steps or max(1, length - lr.warmup_steps)
+        share = min(1.0, (done - lr.warmup_steps) / decay)
+        return lr.peak * (lr.final_ratio + (1 - lr.final_ratio) * 0.5 * (1 + cos(pi * share)))
+    assert lr.decay_steps is not None
+    share = max(0.0, 1 - (length - done) / lr.decay_steps)
+    return lr.peak * (1 - share * (1 - lr.final_ratio))
+
+
+def weight_decay(recipe: Recipe, step: int) -> float:
+    """Weight decay for `step`: the stage's, or the recipe's."""
+    own = stage_at(recipe, step).stage.weight_decay
+    return recipe.optimizer.weight_decay if own is None else own
+
+
+def activation(recipe: Recipe) -> tuple[str, float] | None:
+    """(activation, parameter) that the recipe and its control train with; None: the base model's own."""
+    if recipe.control is Control.silu_continued:
+        return None
+    if recipe.control is Control.relu_only:
+        return "relu", 0.0
+    chosen = recipe.activation
+    return str(chosen.name), chosen.offset if chosen.name == "shifted_relu" else chosen.threshold
+
+
+def shifts(recipe: Recipe) -> bool:
+    """Whether the recipe, with its control, ends with a threshold shift."""
+    wanted = recipe.shift.threshold is not None or recipe.shift.budget is not None
+    return wanted and recipe.control in (Control.none, Control.constant_l1)
+
+
+def batch_at(recipe: Recipe, step: int) -> tuple[int, int]:
+    """(sequences, context) of the window of `step`."""
+    own = stage_at(recipe, step).stage.batch
+    return own.sequences or recipe.batch.sequences, own.context or recipe.batch.context
+
+
+def contexts(recipe: Recipe) -> list[int]:
+    """Every context length that the recipe names, ascending."""
+    return sorted({batch_at(recipe, span.first)[1] for span in spans(recipe)})
+
+
+def window_rows(recipe: Recipe, step: int, window: int) -> tuple[int, int]:
+    """(first row, rows) of the window that trains `step`, as indices into the mixture of the stage's data and context.
+
+    `window` is the number of windows consumed before it; each skipped or dropped one moves the rows on by a whole batch.
+    Stages with the same weights and context read on where the last of them stopped, others start a mixture of their own.
+    """
+    span = stage_at(recipe, step)
+    key = (span.stage.data, batch_at(recipe, step)[1])
+    first = 0
+    for other in spans(recipe):
+        sequences, context = batch_at(recipe, other.first)
+        if (other.stage.data, context) == key:
+            first += sequences * max(0, min(other.last, step - 1) - other.first + 1)
+    largest = max(batch_at(recipe, other.first)[0] for other in spans(recipe))
+    extra = window - (step - 1)
+    if extra < 0:
+        raise ValueError(f"window {window} cannot train step {step}: {step - 1} windows were applied before it")
+    return first + extra * largest, batch_at(recipe, step)[0]
+
+
+def accumulation(sequences: int, micro_batch: int, ranks: int) -> int:
+    """Micro-batches of one window on each rank.
+
+    Raises ValueError that lists the nearest possible batches if the window does not divide.
+    """
+    whole = micro_batch * ranks
+    if sequences % whole == 0:
+        return sequences // whole
+    lower, upper = sequences // whole * whole, (sequences // whole + 1) * whole
+    batches = " or ".join(str(n) for n in (lower, upper) if n)
+    micro = [m for m in range(1, sequences + 1) if sequences % (m * ranks) == 0]
+    others = f", or micro_batch={' or '.join(map(str, micro))}" if micro else ""
+    raise ValueError(
+        f"recipe.batch.sequences is {sequences}, which micro_batch {micro_batch} x {ranks} ranks = {whole} does not divide: "
+        f"set recipe.batch.sequences={batches}{others}"
+    )
+
+
+def _lr_segments(recipe: Recipe) -> list[tuple[Lr, int, int]]:
+    segments: list[tuple[Lr, int, int]] = []
+    for span in spans(recipe):
+        changes = {f.name: v for f in fields(span.stage.lr) if (v := getattr(span.stage.lr, f.name)) is not None}
+        if changes or not segments:
+            segments.append((replace(recipe.lr, **changes), span.first, span.last))
+        else:
+            lr, first, _ = segments[-1]
+            segments[-1] = (lr, first, span.last)
+    return segments

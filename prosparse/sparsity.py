@@ -1,0 +1,117 @@
+"""All measurements of activations and perplexity.
+
+In: a model (Hugging Face or substituted, also sharded by an engine) and token rows. Out: a `Measurement`.
+Called on every rank of a process group it shares the rows among them and sums exactly.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prosparse.data import batch as make_batch
+from prosparse.ffn import find_ffns
+from prosparse.penalty import COUNT, MAGNITUDE, NONZERO, mean_abs_by_layer, new_statistics, sparsity_by_layer
+
+
+@dataclass
+class Measurement:
+    """Perplexity over labeled tokens; sparsity = share of exact zeros in the intermediate, mean over layers."""
+
+    perplexity: float
+    loss: float
+    tokens: int
+    sparsity: float
+    sparsity_by_layer: list[float]
+    mean_abs_by_layer: list[float]
+
+
+def language_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed cross-entropy, fp32 0-d: position p of `logits` [batch, context, vocabulary] predicts label p + 1.
+
+    `labels` [batch, context]; -100 is not counted.
+    """
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum")
+
+
+def labeled(labels: Tensor) -> int:
+    """How many labels of [batch, context] `language_loss` counts."""
+    return int((labels[:, 1:] != -100).sum())
+
+
+def spread(rows: int, wanted: int | None) -> list[int]:
+    """At most `wanted` indices spread evenly over `rows`."""
+    if wanted is None or wanted >= rows:
+        return list(range(rows))
+    return np.linspace(0, rows - 1, wanted).round().astype(int).tolist()
+
+
+@torch.no_grad()
+def measure(
+    model: PreTrainedModel,
+    rows: Sequence[np.ndarray],
+    *,
+    batch: int = 4,
+    indices: Sequence[int] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Measurement:
+    """Perplexity and sparsity of `model` on `rows` (each [context]), or on those named by `indices`.
+
+    The intermediate is whatever enters down_proj, so any model whose FFNs are found can be measured, substituted or not.
+    In a process group every rank has to call it; each measures its share and all return the same result.
+    Raises ValueError if there are no rows or the model has no FFN that is known.
+    """
+    chosen = list(range(len(rows))) if indices is None else list(indices)
+    if not chosen:
+        raise ValueError("there are no rows to measure: the text is shorter than one row of `context` tokens")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device = model.device
+    ffns = find_ffns(model)
+    statistics = new_statistics(len(ffns), device)
+    totals = torch.zeros(2, dtype=torch.float64, device=device)  # summed loss, labeled tokens
+
+    def count(layer: int, mask: Tensor | None) -> Callable:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x1 = inputs[0].flatten(0, -2) if mask is None else inputs[0][mask]
+            statistics[layer, MAGNITUDE] += torch.linalg.vector_norm(x1, 1, dtype=torch.float32)
+            statistics[layer, NONZERO] += torch.count_nonzero(x1)
+            statistics[layer, COUNT] += x1.numel()
+
+        return hook
+
+    share = [chosen[i : i + batch] for i in range(0, len(chosen), batch)][rank::world]
+    passes = math.ceil(math.ceil(len(chosen) / batch) / world)
+    was_training = model.training
+    model.eval()
+    for number in range(passes):
+        # A rank without rows of its own goes through the forward pass too: under ZeRO-3 it holds a part of the weights.
+        own = number < len(share)
+        data = make_batch(rows, share[number] if own else chosen[:1]).to(device)
+        hooks = [
+            ffn.get_submodule("down_proj").register_forward_pre_hook(count(layer, data.token_mask))
+            for layer, ffn in enumerate(ffns.values() if own else ())
+        ]
+        try:
+            logits = model(input_ids=data.input_ids, use_cache=False).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if own:
+            totals += torch.stack([language_loss(logits, data.labels).double(), totals.new_tensor(labeled(data.labels))])
+        if progress is not None:
+            progress(number + 1, passes)
+    model.train(was_training)
+    if world > 1:
+        dist.all_reduce(statistics)
+        dist.all_reduce(totals)
+    loss, tokens = totals[0].item() / totals[1].item(), int(totals[1].item())
+    layers = sparsity_by_layer(statistics)
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return Measurement(perplexity, loss, tokens, sum(layers) / len(layers), layers, mean_abs_by_layer(statistics))

@@ -1,0 +1,213 @@
+"""What a run says while it trains: its metrics file, its progress line, its remaining time, its wandb run.
+
+In: one plain dict a step or evaluation, with "kind" and "step". Out: RUN/metrics.jsonl, lines of text, a wandb run.
+The metrics file is the record; wandb is a view of it and never stops training.
+"""
+
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Iterable
+from math import isfinite, nan
+from pathlib import Path
+from typing import Any
+
+from prosparse.config import Tracking, Wandb
+
+# --- strict JSON ------------------------------------------------------------------------------------------------------
+
+
+def strict_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: NaN and infinities become null."""
+    return json.dumps(_finite(value), allow_nan=False, indent=indent)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return value
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by `text`: a crash leaves the old file or the new one, never a part."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+# --- metrics.jsonl ----------------------------------------------------------------------------------------------------
+
+
+class Metrics:
+    """RUN/metrics.jsonl, opened to go on after step `after_step`; -1 starts it empty.
+
+    Rows of later steps, which the resumed run will write again, are removed, and so is a half-written last line.
+    Raises ValueError as `read_metrics` does.
+    """
+
+    def __init__(self, run_dir: Path, after_step: int) -> None:
+        self.path = Path(run_dir) / "metrics.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_metrics(run_dir) if row["step"] <= after_step]
+        write_atomically(self.path, "".join(f"{strict_json(row)}\n" for row in kept))
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write one row; it is in the file when this returns."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(f"{strict_json(row)}\n")
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of RUN/metrics.jsonl in order; none if there is no file. A half-written last line is left out.
+
+    Raises ValueError for any other line that is not JSON.
+    """
+    path = Path(run_dir) / "metrics.jsonl"
+    lines = path.read_bytes().rstrip().split(b"\n") if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number} is not JSON: remove the line, or the file") from error
+    return rows
+
+
+# --- what the terminal shows ------------------------------------------------------------------------------------------
+
+
+def progress_line(row: dict[str, Any], steps: int, eta_seconds: float | None) -> str:
+    """One line for a row of either kind; `steps` is the length of the whole recipe."""
+    value = {key: nan if part is None else part for key, part in row.items()}
+    start = f"step {row['step']:>{max(4, len(str(steps)))}}/{steps}"
+    if row["kind"] == "evaluation":
+        end = f"perplexity {value['perplexity']:.3f} on {row['split']} text  {duration(row['seconds'])}"
+        return (
+            f"{start} {'evaluation':<12}  loss {value['loss']:6.3f}  sparsity {100 * value['sparsity']:5.1f} %  {end}"
+        )
+    line = (
+        f"{start} {row['stage']:<12}  loss {value['loss']:6.3f}  λ {value['l1_factor']:<#9.4g}  "
+        f"sparsity {100 * value['sparsity']:5.1f} %  lr {value['lr']:.1e}  {value['tokens_per_second']:>7,.0f} tok/s"
+    )
+    return line if eta_seconds is None else f"{line}  ETA {duration(eta_seconds)}"
+
+
+def duration(seconds: float) -> str:
+    """The two largest units of a time: 45 s, 8 min 10 s, 1 h 5 min, 2 d 3 h."""
+    whole = round(seconds)
+    for size, name, part_size, part_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            return f"{whole // size} {name} {whole % size // part_size} {part_name}"
+    return f"{whole} s"
+
+
+class Eta:
+    """Remaining time from the mean of the last 20 steps; the first two of a process, which warm up, are left out."""
+
+    def __init__(self) -> None:
+        self._warming_up = 2
+        self._recent: deque[float] = deque(maxlen=20)
+
+    def update(self, step_seconds: float) -> None:
+        if self._warming_up > 0:
+            self._warming_up -= 1
+        else:
+            self._recent.append(step_seconds)
+
+    def remaining(self, steps_left: int) -> float | None:
+        """Seconds for `steps_left` more steps; None until a step was timed."""
+        return steps_left * sum(self._recent) / len(self._recent) if self._recent else None
+
+
+# --- wandb ------------------------------------------------------------------------------------------------------------
+
+
+class Tracker:
+    """The run's wandb run, made on rank 0 only; without effect when `tracking.wandb` is disabled or wandb fails.
+
+    With the `tracking_id` of an earlier tracker the same wandb run goes on. wandb cannot take back the steps that a
+    resume repeats: it shows them twice. Command output, code and git remotes are not sent.
+    """
+
+    def __init__(self, tracking: Tracking, run_dir: Path, config: dict[str, Any], tracking_id: str | None) -> None:
+        self._run: Any = None
+        self._id: str | None = None
+        if tracking.wandb is Wandb.disabled:
+            return
+        self._id = tracking_id
+        try:
+            self._run = _start_wandb(tracking, Path(run_dir), config, tracking_id)
+            self._id = self._run.id
+        except Exception as error:  # whatever wandb raises, training goes on
+            self._give_up(error)
+
+    @property
+    def id(self) -> str | None:
+        """What a resume passes as `tracking_id`: kept while wandb fails, None when disabled."""
+        return self._id
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Send the numbers of one row, a list by layer as one number a layer."""
+        if self._run is not None:
+            try:
+                self._run.log({"step": row["step"], **dict(_scalars(row))})
+            except Exception as error:  # as above
+                self._give_up(error)
+
+    def finish(self, images: dict[str, Path]) -> None:
+        """Send the plots, by name, and end the wandb run."""
+        if self._run is not None:
+            try:
+                import wandb
+
+                if images:
+                    self._run.log({f"report/{name}": wandb.Image(str(path)) for name, path in images.items()})
+                self._run.finish()
+                self._run = None
+            except Exception as error:  # as above
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._run = None
+        reason = (str(error).splitlines() or [""])[0]
+        print(f"warning: training goes on without wandb ({type(error).__name__}: {reason})", file=sys.stderr)
+
+
+def _start_wandb(tracking: Tracking, run_dir: Path, config: dict[str, Any], tracking_id: str | None) -> Any:
+    import wandb
+
+    if tracking.wandb is Wandb.online and not wandb.login(prompt=False, verify=False):  # a prompt would hold up a job
+        raise RuntimeError("not logged in: run `wandb login` or set WANDB_API_KEY, or choose tracking.wandb=offline")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    run = wandb.init(
+        project=tracking.project,
+        name=tracking.name,
+        id=tracking_id,
+        resume="allow",
+        mode=tracking.wandb.value,
+        dir=str(run_dir),
+        config=config,
+        settings=wandb.Settings(
+            console="off", save_code=False, disable_git=True, quiet=True, init_timeout=60, finish_timeout=300
+        ),
+    )
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def _scalars(row: dict[str, Any]) -> Iterable[tuple[str, float]]:
+    for key, value in row.items():
+        if isinstance(value, list):
+            yield from ((f"{row['kind']}_{key}/{layer:02d}", part) for layer, part in enumerate(value))
+        elif isinstance(value, int | float) and key != "step":
+            yield f"{row['kind']}/{key}", value

@@ -1,0 +1,109 @@
+"""Activation threshold shifting: the last step of a recipe (FATReLU, arXiv 2402.13516, section 3.4).
+
+In: a trained model with ReLU, FATReLU or dReLU and calibration rows. Out: the same model with one global threshold.
+Thresholds are rounded to bf16, so that every runtime compares with the same number.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from prosparse.config import Shift
+from prosparse.ffn import sparse_ffns, substitute
+from prosparse.sparsity import measure
+
+
+@dataclass
+class Point:
+    """One threshold of a sweep, measured on the calibration rows."""
+
+    threshold: float
+    sparsity: float
+    perplexity: float
+
+
+@dataclass
+class Shifted:
+    """The threshold chosen, the perplexity budget it was chosen under (None: it was given), and all that was tried."""
+
+    threshold: float
+    budget: float | None
+    tokens: int
+    sweep: list[Point]
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def round_bf16(threshold: float) -> float:
+    """The nearest bf16 number."""
+    return torch.tensor(threshold, dtype=torch.bfloat16).item()
+
+
+def shift(
+    model: PreTrainedModel,
+    rows: Sequence[np.ndarray],
+    how: Shift,
+    *,
+    batch: int = 4,
+    report: Callable[[Point], None] | None = None,
+) -> Shifted:
+    """Shift the threshold of every SparseFFN of `model`, in place; ReLU becomes FATReLU, dReLU is cut on its gate.
+
+    `how.threshold`: that threshold. `how.budget`: the largest one, found by doubling (or halving) from how.start and
+    how.refinements bisections, whose perplexity on `rows` is at most (1 + budget) times that of the model as it came; the
+    model stays as it came if none is. `report` is called with each point. Every rank of a process group has to call it.
+    Raises ValueError if the model's activation has no threshold.
+    """
+    first = sparse_ffns(model)[0]
+    name, start = first.activation, first.param
+    if name not in ("relu", "fatrelu", "drelu"):
+        raise ValueError(f"the model's activation is {name}: only relu, fatrelu and drelu have a threshold to shift")
+    shifted_name = "drelu" if name == "drelu" else "fatrelu"
+    points: dict[float, Point] = {}
+    tokens = 0
+
+    def set_threshold(threshold: float) -> None:
+        if threshold == start:
+            substitute(model, name, start)
+        else:
+            substitute(model, shifted_name, threshold)
+
+    def try_threshold(threshold: float) -> Point:
+        nonlocal tokens
+        if threshold not in points:
+            set_threshold(threshold)
+            result = measure(model, rows, batch=batch)
+            tokens = result.tokens
+            points[threshold] = Point(threshold, result.sparsity, result.perplexity)
+            if report is not None:
+                report(points[threshold])
+        return points[threshold]
+
+    limit = try_threshold(start).perplexity * (1 + (how.budget or 0))
+
+    def fits(threshold: float) -> bool:
+        return try_threshold(threshold).perplexity <= limit
+
+    if how.threshold is not None:
+        chosen = round_bf16(how.threshold)
+        try_threshold(chosen)
+    else:
+        chosen = _largest(fits, start, max(round_bf16(how.start), 2 * start), how.refinements)
+    set_threshold(chosen)
+    return Shifted(chosen, how.budget, tokens, [points[key] for key in sorted(points)])
+
+
+def _largest(fits: Callable[[float], bool], low: float, high: float, refinements: int) -> float:
+    """The largest threshold that fits, at least `low`: doubling from `high` while that fits, then bisecting in bf16."""
+    while high < 2.0**20 and fits(high):
+        low, high = high, round_bf16(2 * high)
+    for _ in range(refinements):
+        middle = round_bf16((low + high) / 2)
+        if middle in (low, high):
+            break
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
