@@ -32,7 +32,9 @@ SCHEMAS: dict[str, type] = {
     "shift": schema.ShiftCheckpoint,
     "export": schema.Export,
 }
-FREE_TEXT = re.compile(r"^(run_dir|resume|checkpoint|text|out|model\.source|data\.(cache|tokenizer|sources\.\w+\.path))=")
+FREE_TEXT = re.compile(
+    r"^(run_dir|resume|checkpoint|text|out|model\.source|data\.(cache|tokenizer|sources\.\w+\.path))="
+)
 USAGE = f"""usage: prosparse VERB key=value ...
 verbs: {", ".join(SCHEMAS)}
 flags: --cfg job [--resolve] prints what would run, --config-dir DIR adds configs of your own, --multirun runs several
@@ -48,7 +50,9 @@ def compose(verb: str, overrides: Sequence[str] = (), config_dir: str | None = N
     raw = _compose_raw(verb, overrides, config_dir)
     missing = OmegaConf.missing_keys(raw)
     if missing:
-        raise ValueError(f"{', '.join(sorted(missing))} missing: give {' '.join(f'{key}=VALUE' for key in sorted(missing))}")
+        raise ValueError(
+            f"{', '.join(sorted(missing))} missing: give {' '.join(f'{key}=VALUE' for key in sorted(missing))}"
+        )
     return _checked(raw)
 
 
@@ -98,9 +102,14 @@ def _prepare(config: schema.Prepare) -> dict:
 
     model = config.model
     tokenizer = load_tokenizer(config.data.tokenizer or model.source, trust_remote_code=model.trust_remote_code)
-    vocabulary = load_config(model.source, revision=model.revision, trust_remote_code=model.trust_remote_code).vocab_size
+    vocabulary = load_config(
+        model.source, revision=model.revision, trust_remote_code=model.trust_remote_code
+    ).vocab_size
     prepared = prepare(config.data, tokenizer, schedule.contexts(config.recipe), vocabulary)
-    return {str(context): rows.manifest for context, rows in prepared.items()}
+    return {
+        str(context): {"digest": made.digest, "fingerprint": made.fingerprint, "sources": made.manifests}
+        for context, made in prepared.items()
+    }
 
 
 def _measure(config: schema.Measure) -> dict:
@@ -119,7 +128,10 @@ def _measure(config: schema.Measure) -> dict:
     }
     if config.out is not None:
         _write_result(Path(config.out), result)
-    print(f"perplexity {result['perplexity']:.3f}  sparsity {result['sparsity']:.2%}  on {result['tokens']:,} tokens", file=sys.stderr)
+    print(
+        f"perplexity {result['perplexity']:.3f}  sparsity {result['sparsity']:.2%}  on {result['tokens']:,} tokens",
+        file=sys.stderr,
+    )
     return result
 
 
@@ -250,7 +262,9 @@ def _run_hydra(verb: str, flags: list[str], overrides: list[str], config_dir: st
     """What Hydra's own command line does: --cfg, --info, --help, --multirun."""
     if "--multirun" in flags or "-m" in flags:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError("--multirun under a launcher would start each run inside every rank: use a shell loop instead")
+            raise ValueError(
+                "--multirun under a launcher would start each run inside every rank: use a shell loop instead"
+            )
     else:
         raw = _compose_raw(verb, overrides, config_dir)
         if not OmegaConf.missing_keys(raw):
@@ -298,7 +312,7 @@ def _one_line(error: BaseException) -> str:
     text = f"{error}\n{error.__cause__ or ''}".split("Config search path")[0]
     lines = [line.strip(" .\t") for line in text.splitlines()]
     kept = [line for line in lines if line and not line.startswith(("reference_type", "object_type", "To append"))]
-    return "; ".join(dict.fromkeys(kept)) + " (prosparse VERB --cfg job shows every key)"
+    return "; ".join(dict.fromkeys(kept)).replace(":; ", ": ") + " (prosparse VERB --cfg job shows every key)"
 
 
 if __name__ == "__main__":

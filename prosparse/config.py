@@ -348,7 +348,9 @@ def validate(config: Any) -> None:
 def validate_recipe(recipe: Recipe) -> None:
     """The checks of a recipe alone; raises ValueError."""
     require(len(recipe.stages) > 0, "recipe.stages is empty: a recipe needs at least one stage")
-    require("shift" not in recipe.stages, "recipe.stages.shift: the name is taken by the shift; call the stage otherwise")
+    require(
+        "shift" not in recipe.stages, "recipe.stages.shift: the name is taken by the shift; call the stage otherwise"
+    )
     for name, stage in recipe.stages.items():
         key = f"recipe.stages.{name}"
         require(stage.steps >= 1, f"{key}.steps is {stage.steps}: a stage needs at least one step")
@@ -358,7 +360,9 @@ def validate_recipe(recipe: Recipe) -> None:
         )
         for part in ("sequences", "context"):
             value = getattr(stage.batch, part)
-            require(value is None or value >= (2 if part == "context" else 1), f"{key}.batch.{part} is {value}: too small")
+            require(
+                value is None or value >= (2 if part == "context" else 1), f"{key}.batch.{part} is {value}: too small"
+            )
         _validate_weights(stage.data, f"{key}.data")
     first = next(iter(recipe.stages))
     require(
@@ -471,4 +475,3 @@ def _validate_weights(weights: dict[str, float], key: str, suffix: str = "") -> 
 
 def _validate_device(device: str) -> None:
     require(device in ("auto", "cpu", "cuda"), f"device is {device}: choose auto, cpu or cuda")
-

@@ -4,7 +4,7 @@ In: the run folder with its metrics.jsonl, and the report, a plain dict that nam
 Out: RUN/report/report.json, training.png, layers.png, shift.png; the table as text.
 """
 
-from itertools import groupby
+from itertools import groupby, pairwise
 from math import isfinite, nan
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ def _mark_stages(figure: Figure, panels: Any, train: list[dict[str, Any]]) -> No
         for axes in panels:
             axes.axvline(steps[0] - 0.5, color="#BBBBBB", lw=0.9, zorder=0)
     halves = [0.5 * 5.5 * (len(name) + 2) * per_point for name, _ in stages]
-    gaps = [right - left for left, right in zip(middles, middles[1:], strict=False)]
+    gaps = [right - left for left, right in pairwise(middles)]
     upright = any(gap < a + b for gap, a, b in zip(gaps, halves, halves[1:], strict=False))
     position = low
     for (name, _), middle in zip(stages, middles, strict=True):
@@ -146,17 +146,16 @@ def _layers(report: dict[str, Any]) -> Figure:
     axes = figure.subplots()
     for index, (name, model) in enumerate(models.items()):  # each thinner than the one below it: equal curves all show
         shares = [nan if share is None else 100 * share for share in model["sparsity_by_layer"]]
-        size, open_marker = 12 - 2 * index, {"mfc": "none"} if index < len(models) - 1 else {}
         axes.plot(
             range(len(shares)),
             shares,
             marker=MARKERS[name],
             color=COLORS[name],
             lw=5.5 - 1.2 * index,
-            ms=size,
+            ms=12 - 2 * index,
+            mfc="none",
             alpha=0.9,
             label=f"{name} ({_cell(100 * model['sparsity'], '.1f', ' %')})",
-            **open_marker,
         )
     axes.set(xlabel="layer", ylabel="sparsity (%)", ylim=(-4, 104))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

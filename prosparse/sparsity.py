@@ -104,7 +104,9 @@ def measure(
             for hook in hooks:
                 hook.remove()
         if own:
-            totals += torch.stack([language_loss(logits, data.labels).double(), totals.new_tensor(labeled(data.labels))])
+            totals += torch.stack(
+                [language_loss(logits, data.labels).double(), totals.new_tensor(labeled(data.labels))]
+            )
         if progress is not None:
             progress(number + 1, passes)
     model.train(was_training)

@@ -1,0 +1,28 @@
+"""The sparse model classes, registered with transformers' Auto* loaders when this package is imported.
+
+In: nothing. Out: AutoConfig and AutoModelForCausalLM know `sparsellama`, `bamboo` and `sparse_<family>`.
+"""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from prosparse.models.bamboo import BambooForCausalLM
+from prosparse.models.llama import AnySparseLlamaForCausalLM, SparseLlamaForCausalLM
+from prosparse.models.mistral import SparseMistralForCausalLM
+from prosparse.models.qwen2 import SparseQwen2ForCausalLM
+from prosparse.models.qwen3 import SparseQwen3ForCausalLM
+
+SPARSE_CLASSES = {
+    model_class.config_class.model_type: model_class
+    for model_class in (
+        SparseLlamaForCausalLM,
+        AnySparseLlamaForCausalLM,
+        BambooForCausalLM,
+        SparseMistralForCausalLM,
+        SparseQwen2ForCausalLM,
+        SparseQwen3ForCausalLM,
+    )
+}
+
+for _model_type, _model_class in SPARSE_CLASSES.items():
+    AutoConfig.register(_model_type, _model_class.config_class, exist_ok=True)
+    AutoModelForCausalLM.register(_model_class.config_class, _model_class, exist_ok=True)

@@ -1,0 +1,41 @@
+"""Sparse Llama models for the Auto* loaders.
+
+In: a config.json with model_type `sparsellama` (FATReLU, the format of the ProSparse release) or `sparse_llama` (every
+other activation), hidden_act and hidden_act_param. Out: LlamaForCausalLM with a sparse FFN in every layer.
+"""
+
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from prosparse.models.sparse import put_sparse_ffns, stock_activation
+
+
+class SparseLlamaConfig(LlamaConfig):
+    model_type = "sparsellama"
+
+    hidden_act: str = "fatrelu"
+    hidden_act_param: float = 0.0
+
+
+class SparseLlamaForCausalLM(LlamaForCausalLM):
+    config_class = SparseLlamaConfig
+
+    def __init__(self, config: SparseLlamaConfig):
+        with stock_activation(config):
+            super().__init__(config)
+        put_sparse_ffns(self, config.hidden_act, config.hidden_act_param)
+
+
+class AnySparseLlamaConfig(LlamaConfig):
+    model_type = "sparse_llama"
+
+    hidden_act: str = "drelu"
+    hidden_act_param: float = 0.0
+
+
+class AnySparseLlamaForCausalLM(LlamaForCausalLM):
+    config_class = AnySparseLlamaConfig
+
+    def __init__(self, config: AnySparseLlamaConfig):
+        with stock_activation(config):
+            super().__init__(config)
+        put_sparse_ffns(self, config.hidden_act, config.hidden_act_param)

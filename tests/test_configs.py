@@ -1,0 +1,119 @@
+"""Every shipped config composes; every mistake is one line that names the key."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prosparse.cli import compose, main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+NEEDED = ["run_dir=x", "model.source=x", "data.sources.files.path=x"]
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("experiment", choices("experiment"))
+@pytest.mark.parametrize("verb", ["train", "prepare"])
+def test_every_experiment_composes(verb, experiment):
+    needed = NEEDED if experiment != "demo" else []
+    compose(verb, [f"experiment={experiment}", *needed[:: 2 if experiment == "llama2_7b" else 1]])
+
+
+@pytest.mark.parametrize(
+    ("group", "choice"),
+    [(g, c) for g in ("model", "recipe", "data", "zero", "tracking") for c in choices(g)]
+    + [(f"{g}@recipe.{g}", c) for g in ("activation", "shift") for c in choices(g) if c not in ("silu", "relu2", "shifted_relu")]
+    + [("stage@recipe.stages.rise", c) for c in choices("stage")],
+)
+def test_every_choice_of_every_group_composes(group, choice):
+    needed = {"hf": ["model.source=x"], "files": ["data.sources.files.path=x"]}.get(choice, [])
+    compose("train", ["run_dir=x", f"{group}={choice}", *needed])
+
+
+@pytest.mark.parametrize("activation", ["silu", "relu2", "shifted_relu"])
+def test_an_activation_without_a_threshold_composes_without_a_shift_and_is_refused_with_one(activation):
+    compose("train", ["run_dir=x", f"activation@recipe.activation={activation}", "shift@recipe.shift=none"])
+    with pytest.raises(ValueError, match="recipe.shift needs relu"):
+        compose("train", ["run_dir=x", f"activation@recipe.activation={activation}"])
+
+
+def test_every_config_file_says_what_it_is():
+    for path in CONFIGS.rglob("*.yaml"):
+        lines = [line for line in path.read_text().splitlines() if not line.startswith("# @package")]
+        assert lines[0].startswith("# "), path
+
+
+BAD = [
+    ("recipe.stages.rize.steps=3", "recipe.stages.rize"),
+    ("recipe.stages.rise.steps=x", "recipe.stages.rise.steps"),
+    ("recipe.stages.rise.steps=0", "recipe.stages.rise.steps is 0"),
+    ("recipe.stages.rise.l1.factor=-1", "recipe.stages.rise.l1.factor"),
+    ("recipe=nope", "Available options in 'recipe': demo"),
+    ("+foo=1", "foo: no such key"),
+    ("+recipe.stages.rise.foo=1", "recipe.stages.rise.foo: no such key"),
+    ("dtype=fp8", "expected one of"),
+    ("micro_batch=0", "micro_batch is 0"),
+    ("zero.stage=0", "zero.stage is 0"),
+    ("save.keep=1", "save.keep is 1"),
+    ("until=nope", "until=nope"),
+    ("recipe.lr.schedule=wsd", "recipe.lr.decay_steps"),
+    ("recipe.penalty.unit=sum_1e8", "recipe.penalty.micro_batch_sequences"),
+    ("recipe.shift.threshold=0.1", "recipe.shift.threshold and recipe.shift.budget"),
+    ("recipe.activation.threshold=0.1", "recipe.activation.threshold"),
+    ("data.held_out=0", "data.held_out"),
+    ("data.sources.stdlib.weight=0", "data.sources.stdlib.weight"),
+    ("+recipe.stages.rise.data.wiki=1", "recipe.stages.rise.data.wiki: no such source"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), BAD)
+def test_a_mistake_is_one_line_that_names_the_key_and_exit_code_2(override, message, capsys):
+    assert main(["train", "experiment=demo", override]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and error.startswith("prosparse train: ")
+
+
+def test_a_missing_value_is_named(capsys):
+    assert main(["train", "experiment=llama2_7b"]) == 2
+    assert "run_dir" in (error := capsys.readouterr().err) and "data.sources.files.path" in error
+
+
+def test_no_such_verb_lists_the_verbs(capsys):
+    assert main(["tarin"]) == 2
+    assert "train" in capsys.readouterr().err
+
+
+def test_paths_with_equal_signs_and_spaces_are_taken_as_they_are():
+    config = compose("train", ["experiment=demo", "run_dir=/tmp/a=b, c d/{x}", "data.cache=it's"])
+    assert config.run_dir == "/tmp/a=b, c d/{x}" and config.data.cache == "it's"
+
+
+def test_experiments_of_ones_own_lie_outside_the_package(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\n# mine\ndefaults:\n  - override /recipe: prosparse_7b\nrun_dir: mine\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    config = compose("train", ["experiment=mine"], config_dir=str(tmp_path))
+    assert config.run_dir == "mine" and config.recipe.batch.sequences == 512
+
+
+def prosparse(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    import os
+
+    command = [sys.executable, "-m", "prosparse.cli", *arguments]
+    return subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+
+
+def test_cfg_shows_what_would_run_and_writes_nothing(tmp_path):
+    done = prosparse("train", "--cfg", "job", "--resolve", "--local_rank=0", "experiment=demo", cwd=tmp_path)
+    assert done.returncode == 0 and "factor: 0.7" in done.stdout and list(tmp_path.iterdir()) == []
+    bad = prosparse("train", "--cfg", "job", "experiment=demo", "micro_batch=0", cwd=tmp_path)
+    assert bad.returncode == 2 and "micro_batch is 0" in bad.stderr
+
+
+def test_multirun_under_a_launcher_is_refused(tmp_path):
+    done = prosparse("train", "-m", "experiment=demo", "seed=1,2", cwd=tmp_path, WORLD_SIZE="2", RANK="0")
+    assert done.returncode == 2 and "--multirun" in done.stderr and list(tmp_path.iterdir()) == []

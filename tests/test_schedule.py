@@ -1,0 +1,120 @@
+"""What a recipe says at each step, against the published tables."""
+
+import pytest
+
+from prosparse import schedule
+from prosparse.cli import compose
+
+
+def recipe(*overrides: str):
+    return compose("train", ["experiment=llama2_7b", "run_dir=x", "data.sources.files.path=x", *overrides]).recipe
+
+
+def demo(*overrides: str):
+    return compose("train", ["experiment=demo", *overrides]).recipe
+
+
+@pytest.mark.parametrize(
+    ("step", "factor"),
+    [(1, 0), (5000, 0), (5001, 5e-3), (6000, 5e-3), (7000, 0.01159), (8000, 0.0275), (9000, 0.04341), (10000, 5e-2)]
+    + [(11000, 5e-2), (12000, 5e-2), (13000, 0.07197), (14000, 0.125), (15000, 0.17803), (16000, 0.2), (16500, 0.2)],
+)
+def test_l1_factor_follows_the_published_7b_schedule(step, factor):
+    assert schedule.l1_factor(recipe(), step) == pytest.approx(factor, rel=5e-4)
+
+
+@pytest.mark.parametrize(("step", "billions"), [(5000, 10.49), (6000, 12.58), (16000, 33.55), (16500, 34.60)])
+def test_tokens_follow_the_published_7b_table(step, billions):
+    sequences, context = schedule.batch_at(recipe(), step)
+    assert step * sequences * context / 1e9 == pytest.approx(billions, abs=5e-3)
+
+
+def test_a_sum_1e8_factor_becomes_the_mean_unit_with_micro_batch_context_and_neurons():
+    # 0.2 · 1e-8 · 8 sequences · 4096 tokens · 11008 neurons
+    assert schedule.l1_factor_mean(recipe(), 16500, 11008) == pytest.approx(0.0902 * 8, rel=1e-3)
+
+
+def test_l1_factor_may_fall_and_joins_without_a_jump_or_a_kink():
+    falling = recipe("recipe.stages.rise_again.l1.factor=0.01", "recipe.stages.settle.l1.factor=0.01")
+    factors = [schedule.l1_factor(falling, step) for step in range(12000, 16001)]
+    assert factors[0] == 5e-2 and factors[-1] == pytest.approx(0.01)
+    assert factors == sorted(factors, reverse=True)
+    assert abs(factors[1] - factors[0]) < 1e-7 and abs(factors[-1] - factors[-2]) < 1e-7
+
+
+@pytest.mark.parametrize(("control", "activation"), [("silu_continued", None), ("relu_only", ("relu", 0.0))])
+def test_controls_without_the_method_have_no_penalty_and_no_shift(control, activation):
+    controlled = recipe(f"recipe.control={control}")
+    assert {schedule.l1_factor(controlled, step) for step in (1, 5500, 9000, 16500)} == {0.0}
+    assert schedule.activation(controlled) == activation and not schedule.shifts(controlled)
+
+
+def test_the_constant_control_holds_the_largest_factor_from_the_first_penalized_step_and_shifts():
+    controlled = recipe("recipe.control=constant_l1")
+    assert [schedule.l1_factor(controlled, step) for step in (5000, 5001, 9000, 16500)] == [0, 0.2, 0.2, 0.2]
+    assert schedule.shifts(controlled)
+
+
+@pytest.mark.parametrize("control", ["silu_continued", "relu_only", "constant_l1"])
+def test_controls_leave_rows_and_learning_rate_untouched(control):
+    plain, controlled = recipe(), recipe(f"recipe.control={control}")
+    for step in (1, 400, 5001, 9000, 16500):
+        assert schedule.window_rows(plain, step, step - 1) == schedule.window_rows(controlled, step, step - 1)
+        assert schedule.learning_rate(plain, step) == schedule.learning_rate(controlled, step)
+
+
+def test_cosine_warms_up_to_the_peak_and_ends_at_its_final_ratio():
+    r = recipe()
+    assert schedule.learning_rate(r, 250) == pytest.approx(1.5e-5)
+    assert schedule.learning_rate(r, 500) == pytest.approx(3e-5)
+    assert schedule.learning_rate(r, 8500) == pytest.approx(3e-5 * 0.55)
+    assert schedule.learning_rate(r, 16500) == pytest.approx(3e-6)
+
+
+def test_wsd_is_flat_until_its_tail():
+    r = demo("recipe.lr.schedule=wsd", "recipe.lr.decay_steps=40", "recipe.lr.final_ratio=0")
+    rates = [schedule.learning_rate(r, step) for step in (8, 9, 120, 140, 160)]
+    assert rates == pytest.approx([3e-4, 3e-4, 3e-4, 1.5e-4, 0])
+
+
+def test_a_stage_that_names_a_learning_rate_opens_a_segment_of_its_own():
+    r = demo("recipe.stages.hold.lr.schedule=constant", "recipe.stages.hold.lr.peak=1e-5", "recipe.stages.hold.lr.warmup_steps=0")
+    assert schedule.learning_rate(r, 120) == pytest.approx(3e-5)  # the first segment ended its cosine
+    assert [schedule.learning_rate(r, step) for step in (121, 160)] == [1e-5, 1e-5]
+
+
+def test_every_row_is_read_once_across_stages_with_other_batches():
+    r = demo("recipe.stages.rise.batch.sequences=6")
+    read = [schedule.window_rows(r, step, step - 1) for step in range(1, 161)]
+    assert all(first + rows == read[i + 1][0] for i, (first, rows) in enumerate(read[:-1]))
+    assert read[-1] == (50 * 4 + 70 * 6 + 39 * 4, 4)
+
+
+def test_a_skipped_window_moves_on_to_rows_not_read_before():
+    r = demo("recipe.stages.rise.batch.sequences=6")
+    seen: set[int] = set()
+    window = 0
+    for step in range(1, 161):
+        for _ in range(2 if step in (10, 60, 125) else 1):  # the first of two was skipped
+            first, rows = schedule.window_rows(r, step, window)
+            assert not seen & set(range(first, first + rows))
+            seen |= set(range(first, first + rows))
+            window += 1
+
+
+def test_another_context_or_mixture_reads_rows_of_its_own():
+    r = demo("recipe.stages.hold.batch.context=512", "+recipe.stages.rise.data.stdlib=2")
+    assert schedule.window_rows(r, 51, 50) == (0, 4) and schedule.window_rows(r, 121, 120) == (0, 4)
+    assert schedule.contexts(r) == [256, 512]
+
+
+def test_an_indivisible_batch_names_the_nearest_possible_ones():
+    with pytest.raises(ValueError, match=r"recipe.batch.sequences=8 or 12, or micro_batch=1 or 5"):
+        schedule.accumulation(10, 2, 2)
+    assert schedule.accumulation(12, 2, 2) == 3
+
+
+def test_a_step_outside_the_recipe_is_an_error():
+    for step in (0, 16501):
+        with pytest.raises(ValueError, match="outside the recipe"):
+            schedule.l1_factor(recipe(), step)
