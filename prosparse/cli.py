@@ -136,7 +136,7 @@ def _measure(config: schema.Measure) -> dict:
 
 
 def _shift(config: schema.ShiftCheckpoint) -> dict:
-    from prosparse.exporters.hf import export_hf
+    from prosparse.exporters.hf import export_hf_model
     from prosparse.ffn import activation_of, substitute
     from prosparse.sparsity import spread
     from prosparse.threshold import Point, shift
@@ -154,19 +154,19 @@ def _shift(config: schema.ShiftCheckpoint) -> dict:
         )
 
     result = shift(model, chosen, how, batch=config.batch, report=report).to_dict() | {"text": config.text}
-    result["export"] = export_hf(model, tokenizer, Path(config.out), _dtype(config.dtype))
+    result["export"] = export_hf_model(model, tokenizer, config.out, _dtype(config.dtype))
     _write_result(Path(config.out), result)
     return result
 
 
 def _export(config: schema.Export) -> dict:
-    from prosparse.exporters.hf import export_hf
+    from prosparse.exporters.hf import export_hf_model
     from prosparse.models.load import load_model, load_tokenizer
 
     dtype = _dtype(config.dtype)
     model = load_model(config.checkpoint, dtype=dtype, trust_remote_code=config.trust_remote_code)
     tokenizer = load_tokenizer(config.checkpoint, trust_remote_code=config.trust_remote_code)
-    return export_hf(model, tokenizer, Path(config.out), dtype)
+    return export_hf_model(model, tokenizer, config.out, dtype)
 
 
 RUN: dict[str, Callable[[Any], dict]] = {

@@ -98,12 +98,13 @@ def _training(rows: list[dict[str, Any]]) -> Figure:
         if held_out and key in ("loss", "sparsity"):
             axes.plot(_column(held_out, "step"), _column(held_out, key, scale), "D--", color=VERMILION, lw=1, ms=4.5)
             axes.lines[-1].set_label("held out")
-            axes.legend(loc="best", frameon=True)
         _frame(axes)
     labels = ("loss (nats per token)", "L1 factor λ\n(unit of the recipe)", "sparsity (%)", "learning\nrate")
     for axes, label in zip(panels, labels, strict=True):
         axes.set_ylabel(label)
+    panels[0].legend(loc="upper right")
     panels[2].set_ylim(-3, 103)
+    panels[3].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     panels[3].set_xlabel("step")
     panels[3].xaxis.set_major_locator(MaxNLocator(integer=True))
     _mark_stages(figure, panels, train)
@@ -151,8 +152,8 @@ def _layers(report: dict[str, Any]) -> Figure:
             shares,
             marker=MARKERS[name],
             color=COLORS[name],
-            lw=5.5 - 1.2 * index,
-            ms=12 - 2 * index,
+            lw=4.2 - 0.8 * index,
+            ms=10 - 1.2 * index,
             mfc="none",
             alpha=0.9,
             label=f"{name} ({_cell(100 * model['sparsity'], '.1f', ' %')})",

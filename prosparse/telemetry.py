@@ -90,7 +90,9 @@ def progress_line(row: dict[str, Any], steps: int, eta_seconds: float | None) ->
     value = {key: nan if part is None else part for key, part in row.items()}
     start = f"step {row['step']:>{max(4, len(str(steps)))}}/{steps}"
     if row["kind"] == "evaluation":
-        end = f"perplexity {value['perplexity']:.3f} on {row['split']} text  {duration(row['seconds'])}"
+        end = (
+            f"perplexity {value['perplexity']:.3f} on {row['split'].replace('_', '-')} text  {duration(row['seconds'])}"
+        )
         return (
             f"{start} {'evaluation':<12}  loss {value['loss']:6.3f}  sparsity {100 * value['sparsity']:5.1f} %  {end}"
         )

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from prosparse import data as module
@@ -32,6 +32,8 @@ def tiny_tokenizer():
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     options = {"special_tokens": ["<s>", "</s>"], "initial_alphabet": alphabet, "show_progress": False}
     backend.train_from_iterator([" ".join(WORDS)] * 4, trainers.BpeTrainer(vocab_size=300, **options))
+    template = {"single": "<s> $A </s>", "special_tokens": [("<s>", 0), ("</s>", 1)]}  # what add_special_tokens adds
+    backend.post_processor = processors.TemplateProcessing(**template)
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
@@ -350,8 +352,11 @@ def test_no_held_out_document_is_refused(make_data, tiny_tokenizer):
 
 
 def test_a_token_beyond_the_vocabulary_is_refused(make_data, tiny_tokenizer):
-    refused(make_data(), tiny_tokenizer, r"ids up to \d+ but the model's vocabulary is 100: set data.tokenizer", 100)
-    prepare(make_data(), tiny_tokenizer, [CONTEXT], len(tiny_tokenizer))
+    prepared = prepare(make_data(), tiny_tokenizer, [CONTEXT])[CONTEXT]
+    largest = max(matrix(prepared.train["a"]).max(), matrix(prepared.held_out).max())
+    message = f"ids up to {largest} but the model's vocabulary is {largest}: set data.tokenizer"
+    refused(make_data(), tiny_tokenizer, message, vocab_size=largest)
+    prepare(make_data(), tiny_tokenizer, [CONTEXT], vocab_size=largest + 1)
 
 
 def test_a_tokenizer_without_eos_is_refused(make_data, tiny_tokenizer):

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Lint, types and the tests, with the time of each part. Arguments go to pytest.
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+part() {
+    local name=$1 began=$SECONDS
+    shift
+    "$@" || { echo "$name failed" >&2; exit 1; }
+    echo "--- $name: $((SECONDS - began)) s"
+}
+export DS_ACCELERATOR=${DS_ACCELERATOR:-$(command -v nvidia-smi >/dev/null && echo cuda || echo cpu)}
+part format ruff format --check .
+part lint ruff check .
+part types mypy
+part tests python -m pytest "$@"

@@ -1,0 +1,100 @@
+"""What several tests share: tiny models, tiny text, the real launcher."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).parents[1]
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)
+
+
+def tiny_llama(**changes) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    config = LlamaConfig(**(sizes | heads | {"bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": True} | changes))
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> dict[str, Path]:
+    """A tiny base model with its tokenizer, and text to train it on: {"model": folder, "text": folder}."""
+    root = tmp_path_factory.mktemp("tiny")
+    (root / "text").mkdir()
+    words = "a the sparse dense neuron gate layer fires rests counts often never when while because each one two".split()
+    for number in range(60):
+        lines = [" ".join(words[(i * i + j * (number + 1)) % len(words)] for j in range(12)) + "." for i in range(12)]
+        (root / "text" / f"{number:02}.txt").write_text(f"document {number}\n" + "\n".join(lines))
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    raw.train_from_iterator((path.read_text() for path in (root / "text").glob("*.txt")), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
+    tiny_llama().save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    return {"model": root / "model", "text": root / "text", "cache": root / "cache"}
+
+
+def tiny_overrides(tiny: dict[str, Path], run_dir: Path) -> list[str]:
+    """Overrides that make the demo's recipe a matter of seconds."""
+    return [
+        "model=hf",
+        "data=files",
+        f"model.source={tiny['model']}",
+        f"data.sources.files.path={tiny['text']}",
+        f"data.cache={tiny['cache']}",
+        "data.held_out=0.2",
+        f"run_dir={run_dir}",
+        "recipe.stages.substitution.steps=3",
+        "recipe.stages.rise.steps=4",
+        "recipe.stages.hold.steps=3",
+        "recipe.batch.context=32",
+        "recipe.lr.warmup_steps=2",
+        "recipe.lr.peak=1e-3",
+        "recipe.shift.calibration_rows=8",
+        "recipe.shift.start=0.0001",
+        "micro_batch=1",
+        "evaluate.rows=8",
+        "threads=1",
+        "save.every=2",
+    ]
+
+
+def launch(*arguments: str, ranks: int = 2, script: str = "launch/train.py", timeout: int = 240):
+    """Start a script through DeepSpeed's own launcher on CPU ranks."""
+    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port", _port(), script]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def prosparse(*arguments: str, timeout: int = 240, **environment: str) -> subprocess.CompletedProcess:
+    """Run one verb in a process of its own, without a launcher."""
+    command = [sys.executable, "-m", "prosparse.cli", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def _port() -> str:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])

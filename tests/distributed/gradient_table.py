@@ -1,0 +1,100 @@
+"""Every cell of the gradient table on this group of ranks; rank 0 prints {cell: largest relative difference} as JSON.
+
+Each cell trains one window through the trainer's own `accumulate` and compares every parameter's gradient with that of an
+explicit loss, mean cross-entropy + λ · Σ_layers mean |x1|, computed by plain torch in fp64 on the whole window.
+"""
+
+import itertools
+import json
+import os
+import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from conftest import tiny_llama
+from deepspeed.utils import safe_get_full_grad
+
+from prosparse.cli import compose
+from prosparse.config import Checkpointing
+from prosparse.data import Batch
+from prosparse.ffn import sparse_ffns, substitute
+from prosparse.penalty import COUNT, MAGNITUDE, NONZERO, PenaltyContext, new_statistics
+from prosparse.trainer import accumulate, deepspeed_config, start_group
+
+FACTOR, SEQUENCES, CONTEXT = 0.7, 8, 16
+
+
+def window() -> Batch:
+    """8 rows; some are padded at the end, some have labels on a part only."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(2, 300, (SEQUENCES, CONTEXT), generator=generator)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, 9:] = mask[6, 4:] = False
+    labels = ids.masked_fill(~mask, -100)
+    labels[3, :7] = -100
+    return Batch(ids, labels, mask)
+
+
+def part(batch: Batch, rows: slice) -> Batch:
+    assert batch.token_mask is not None
+    return Batch(batch.input_ids[rows], batch.labels[rows], batch.token_mask[rows])
+
+
+def explicit(batch: Batch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Gradients by parameter name and statistics, from the loss written out."""
+    model = tiny_llama().double()
+    substitute(model, "relu")
+    intermediates = []
+    for ffn in sparse_ffns(model):
+        ffn.down_proj.register_forward_pre_hook(lambda module, inputs: intermediates.append(inputs[0]))
+    logits = model(input_ids=batch.input_ids).logits
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
+    kept = [x1[batch.token_mask] for x1 in intermediates]
+    (loss + FACTOR * sum(x1.abs().mean() for x1 in kept)).backward()
+    statistics = torch.tensor([[x.abs().sum().item(), (x != 0).sum().item(), x.numel()] for x in kept])
+    return {name: parameter.grad for name, parameter in model.named_parameters()}, statistics
+
+
+def main() -> None:
+    config = compose("train", ["experiment=demo", "dtype=fp32", "device=cpu", "threads=1", f"recipe.batch.sequences={SEQUENCES}"])
+    rank, world, _ = start_group(config)
+    whole = window()
+    expected, expected_statistics = explicit(whole)
+    table = {}
+    for stage, checkpointing, accumulation in itertools.product((1, 2, 3), Checkpointing, (1, 2, 4)):
+        config.zero.stage, config.micro_batch = stage, SEQUENCES // (world * accumulation)
+        model = tiny_llama()
+        substitute(model, "relu")
+        if checkpointing is not Checkpointing.none:
+            reentrant = checkpointing is Checkpointing.reentrant
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.train()
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_config(config, world), dist_init_required=False
+        )
+        context = PenaltyContext(torch.zeros(()), new_statistics(3))
+        micro = config.micro_batch
+        starts = range(rank * micro, SEQUENCES, micro * world)
+        result = accumulate(engine, context, [part(whole, slice(i, i + micro)) for i in starts], FACTOR)
+        worst = 0.0
+        for name, parameter in model.named_parameters():
+            gradient = safe_get_full_grad(parameter).double().reshape(expected[name].shape)
+            worst = max(worst, ((gradient - expected[name]).norm() / expected[name].norm()).item())
+        counts = result.statistics
+        assert torch.equal(counts[:, NONZERO].long(), expected_statistics[:, NONZERO].long()), "non-zero counts differ"
+        assert torch.equal(counts[:, COUNT].long(), expected_statistics[:, COUNT].long()), "element counts differ"
+        assert torch.allclose(counts[:, MAGNITUDE], expected_statistics[:, MAGNITUDE].double(), rtol=1e-5)
+        table[f"ranks {world} ZeRO-{stage} accumulation {accumulation} checkpointing {checkpointing}"] = worst
+        engine.destroy()
+    if rank == 0:
+        print("TABLE " + json.dumps(table), flush=True)
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""The whole road on tiny models: real launchers, real checkpoints, real exports."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, launch, metrics, prosparse, tiny_overrides
+from safetensors.torch import load_file
+
+BITWISE = ("step", "window", "stage", "tokens", "loss", "l1", "l1_factor", "lr", "sparsity_by_layer", "grad_norm")
+
+
+def trained(run_dir: Path) -> list[dict]:
+    return [{key: row[key] for key in BITWISE} for row in metrics(run_dir) if row["kind"] == "train"]
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "model" / "model.safetensors")
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    assert trained(one) == trained(other)
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, tmp_path_factory) -> dict[str, Path]:
+    """One group of two ranks trains: undisturbed; stopped after a stage; ZeRO-1 and ZeRO-3; the controls."""
+    root = tmp_path_factory.mktemp("runs")
+    quick = ["evaluate.every=0", "save.every=100"]
+    plans = {
+        "undisturbed": [],
+        "stopped": ["until=rise"],
+        "zero1": ["zero=zero1", *quick],
+        "zero3": ["zero=zero3", *quick],
+        "split": ["micro_batch=2", *quick],
+        "silu_continued": ["recipe.control=silu_continued", *quick],
+        "drelu": ["activation@recipe.activation=drelu", "dtype=fp32", "checkpointing=reentrant", *quick],
+    }
+    trainings = [[*tiny_overrides(tiny, root / name), *extra] for name, extra in plans.items()]
+    done = launch(json.dumps(trainings), script="tests/distributed/trainings.py", timeout=280)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return {name: root / name for name in plans}
+
+
+def test_a_run_leaves_what_it_promises(runs):
+    folder = runs["undisturbed"]
+    report = json.loads((folder / "report" / "report.json").read_text())
+    assert list(report["models"]) == ["base", "substituted", "trained", "shifted", "exported"]
+    assert report["tokens_trained"] == 10 * 4 * 32 and report["seconds"] > 0
+    assert report["models"]["exported"]["perplexity"] == pytest.approx(report["models"]["shifted"]["perplexity"], rel=1e-3)
+    assert report["models"]["exported"]["sparsity"] == pytest.approx(report["models"]["shifted"]["sparsity"], abs=1e-3)
+    assert {path.name for path in (folder / "report").glob("*.png")} == {"training.png", "layers.png", "shift.png"}
+    config = json.loads((folder / "model" / "config.json").read_text())
+    assert config["model_type"] == "sparsellama" and config["hidden_act"] == "fatrelu"
+    assert (folder / "config.yaml").is_file()
+    steps = [path.name for path in sorted((folder / "checkpoints").iterdir())]
+    assert steps == ["step-00000008", "step-00000010"]  # pruned to the two newest
+    assert [row["tokens_per_second"] * row["step_seconds"] for row in metrics(folder) if row["kind"] == "train"] == (
+        pytest.approx([128.0] * 10)
+    )
+
+
+def test_a_run_stopped_and_started_again_is_bit_equal_to_an_undisturbed_one(runs, tiny):
+    stopped = runs["stopped"]
+    assert [row["step"] for row in metrics(stopped) if row["kind"] == "train"] == list(range(1, 8))
+    with open(stopped / "metrics.jsonl", "a") as file:  # what a run killed between checkpoints leaves behind
+        file.write(json.dumps({"kind": "train", "step": 8, "loss": 0.0}) + "\n" + '{"kind": "tr')
+    done = launch(*tiny_overrides(tiny, stopped), "resume=must")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "goes on after step 7" in done.stderr
+    assert_equal_runs(stopped, runs["undisturbed"])
+
+
+def test_zero_stages_and_micro_batches_train_the_same_model(runs):
+    losses = {name: [row["loss"] for row in trained(runs[name])] for name in ("undisturbed", "zero1", "zero3", "split")}
+    for name, values in losses.items():
+        assert values == pytest.approx(losses["undisturbed"], rel=3e-3), name
+    for name in ("zero1", "zero3"):
+        assert (runs[name] / "model" / "config.json").is_file()
+
+
+def test_the_silu_control_trains_the_same_rows_and_is_written_as_its_stock_class(runs):
+    folder = runs["silu_continued"]
+    config = json.loads((folder / "model" / "config.json").read_text())
+    assert (config["model_type"], config["hidden_act"]) == ("llama", "silu") and "auto_map" not in config
+    assert list(json.loads((folder / "report" / "report.json").read_text())["models"]) == ["base", "trained", "exported"]
+    plain, control = trained(runs["undisturbed"]), trained(folder)
+    assert [(r["lr"], r["tokens"], r["window"]) for r in plain] == [(r["lr"], r["tokens"], r["window"]) for r in control]
+    assert all(row["l1_factor"] == 0 for row in control)
+
+
+def test_drelu_is_exported_with_its_threshold(runs):
+    config = json.loads((runs["drelu"] / "model" / "config.json").read_text())
+    shift = json.loads((runs["drelu"] / "report" / "report.json").read_text())["shift"]
+    assert config["hidden_act_param" if shift["threshold"] else "model_type"] == (shift["threshold"] or "bamboo")
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_a_damaged_checkpoint_is_passed_over_with_a_word(runs, tmp_path, damage, capsys):
+    import shutil
+
+    from prosparse import checkpoint
+
+    shutil.copytree(runs["undisturbed"] / "checkpoints", tmp_path / "checkpoints")
+    newest = tmp_path / "checkpoints" / "step-00000010"
+    assert checkpoint.find(tmp_path) == newest
+    file = next((newest / "engine").glob("*optim_states.pt"))
+    content = file.read_bytes()
+    if damage == "flip":
+        file.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
+    elif damage == "truncate":
+        file.write_bytes(content[:-1])
+    else:
+        file.unlink()
+    assert checkpoint.find(tmp_path) == tmp_path / "checkpoints" / "step-00000008"
+    assert file.name in capsys.readouterr().err
+    with pytest.raises(ValueError, match="is damaged"):
+        checkpoint.verify(newest)
+
+
+def test_a_checkpoint_without_its_manifest_is_invisible(runs, tmp_path):
+    import shutil
+
+    from prosparse import checkpoint
+
+    shutil.copytree(runs["undisturbed"] / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / "step-00000010" / "manifest.json").unlink()
+    (tmp_path / "checkpoints" / "step-00000008").rename(tmp_path / "checkpoints" / "step-00000008.tmp")
+    assert checkpoint.find(tmp_path) is None
+
+
+def test_a_checkpoint_opens_as_a_model_and_exports(runs, tmp_path):
+    """`until` leaves no model/: its checkpoint is enough for measure and export."""
+    from prosparse.models.load import load_model
+
+    checkpoint = runs["undisturbed"] / "checkpoints" / "step-00000010"
+    model = load_model(str(checkpoint), dtype=torch.bfloat16)
+    theirs = weights(runs["undisturbed"])
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.state_dict().items() if name in theirs)
+    assert model.model.layers[0].mlp.activation == "relu"
+
+
+def test_the_verbs_work_on_a_finished_run(runs, tiny, tmp_path):
+    text, cache = f"text={tiny['text']}", f"cache={tiny['cache']}"
+    measured = prosparse("measure", f"checkpoint={runs['undisturbed']}", text, cache, "context=32", "held_out=0.2", "threads=1")
+    assert measured.returncode == 0, measured.stderr
+    result = json.loads(measured.stdout.splitlines()[-1])
+    assert len(result["sparsity_by_layer"]) == 3 and result["tokens"] > 0
+    shifted = prosparse(
+        "shift", f"checkpoint={runs['undisturbed']}/checkpoints/step-00000010", text, cache, "context=32",
+        "threshold=0.01", f"out={tmp_path / 'shifted'}", "threads=1",
+    )  # fmt: skip
+    assert shifted.returncode == 0, shifted.stderr
+    assert json.loads((tmp_path / "shifted" / "config.json").read_text())["hidden_act_param"] == 0.010009765625
+
+
+def test_torchrun_starts_the_same_entry_and_module_and_plain_runs_go_too(runs, tiny, tmp_path):
+    overrides = [*tiny_overrides(tiny, tmp_path / "torchrun"), "until=substitution", "evaluate.rows=2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "launch/train.py", *overrides],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert trained(tmp_path / "torchrun") == trained(runs["undisturbed"])[:3]
+
+    module = launch("prosparse.cli", "train", *tiny_overrides(tiny, tmp_path / "m"), "until=substitution", script="--module")
+    assert module.returncode == 0, module.stderr[-3000:]
+    assert trained(tmp_path / "m") == trained(runs["undisturbed"])[:3]
+
+    plain = prosparse("train", *tiny_overrides(tiny, tmp_path / "plain"), "until=substitution", "zero=zero3")
+    assert plain.returncode == 0, plain.stderr[-3000:]
+    assert json.loads(plain.stdout.splitlines()[-1])["stopped_at"] == "substitution"
+    assert [r["loss"] for r in trained(tmp_path / "plain")] == (
+        pytest.approx([r["loss"] for r in trained(runs["undisturbed"])[:3]], rel=3e-3)
+    )
+
+
+def test_what_a_user_can_mend_is_one_line_and_leaves_nothing_half_written(runs, tiny, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    cases = {
+        "rows": (["recipe.batch.sequences=5", "micro_batch=2"], "recipe.batch.sequences is 5"),
+        "file": (["data.sources.files.path=/no/such/file"], "data.sources.files"),
+        "model": (["model.source=/no/such/model"], "/no/such/model"),
+        "short": ([f"data.sources.files.path={short}"], "data."),
+        "shape": (["model.shape.hidden_size=64"], "model.shape.hidden_size is 64"),
+        "must": (["resume=must"], "resume=must"),
+        "zero": (["+zero.extra.stage=3"], "zero.extra.stage"),
+        "gpu": (["device=cuda"], "device is cuda"),
+    }
+    for name, (overrides, message) in cases.items():
+        done = prosparse("train", *tiny_overrides(tiny, tmp_path / name), *overrides)
+        line = done.stderr.strip().splitlines()[-1]
+        assert done.returncode == 2 and line.startswith("prosparse train: ") and message in line, (name, done.stderr)
+        written = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
+        assert written == [], (name, written)
+    again = prosparse("train", *tiny_overrides(tiny, runs["undisturbed"]), "recipe.stages.hold.l1.factor=0.1")
+    assert again.returncode == 2 and "recipe.stages.hold.l1.factor was 0.7 and is now 0.1" in again.stderr
+    never = prosparse("train", *tiny_overrides(tiny, runs["undisturbed"]), "resume=never")
+    assert never.returncode == 2 and "resume=never" in never.stderr
