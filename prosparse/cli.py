@@ -153,9 +153,9 @@ def _shift(config: schema.ShiftCheckpoint) -> dict:
             file=sys.stderr,
         )
 
-    result = shift(model, chosen, how, batch=config.batch, report=report).to_dict() | {"text": config.text}
-    result["export"] = export_hf_model(model, tokenizer, config.out, _dtype(config.dtype))
-    _write_result(Path(config.out), result)
+    shifted = shift(model, chosen, how, batch=config.batch, report=report).to_dict() | {"text": config.text}
+    result = export_hf_model(model, tokenizer, config.out, _dtype(config.dtype)) | {"shift": shifted}
+    _write_result(Path(config.out), result)  # over the export's own, which it contains
     return result
 
 

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from prosparse.telemetry import duration, read_metrics, strict_json, write_atomically
+from prosparse.telemetry import AFTER_TRAINING, duration, read_metrics, strict_json, write_atomically
 
 # The models of a report in the order of their making, in colors that colour-blind readers tell apart (Okabe and Ito).
 COLORS = {
@@ -88,7 +88,8 @@ def write_report(run_dir: Path, report: dict[str, Any]) -> Path:
 
 def _training(rows: list[dict[str, Any]]) -> Figure:
     train = [row for row in rows if row["kind"] == "train"]
-    held_out = [row for row in rows if row["kind"] == "evaluation"]
+    curve = [row for row in rows if row["kind"] == "evaluation" and row.get("model") not in AFTER_TRAINING]
+    held_out = list({row["step"]: row for row in curve}.values())  # at step 0: substituted, which comes after base
     figure = Figure(figsize=(9, 8.5), layout="constrained")
     panels = figure.subplots(4, 1, sharex=True, height_ratios=[3, 2, 3, 1.4])
     dot = "." if len(train) < 50 else ""

@@ -15,6 +15,8 @@ from typing import Any
 
 from prosparse.config import Tracking, Wandb
 
+AFTER_TRAINING = ("shifted", "exported")  # evaluation rows of these models are no points of the training's own curve
+
 # --- strict JSON ------------------------------------------------------------------------------------------------------
 
 
@@ -86,18 +88,10 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def progress_line(row: dict[str, Any], steps: int, eta_seconds: float | None) -> str:
-    """One line for a row of either kind; `steps` is the length of the whole recipe."""
+    """One line for a training row; `steps` is the length of the whole recipe."""
     value = {key: nan if part is None else part for key, part in row.items()}
-    start = f"step {row['step']:>{max(4, len(str(steps)))}}/{steps}"
-    if row["kind"] == "evaluation":
-        end = (
-            f"perplexity {value['perplexity']:.3f} on {row['split'].replace('_', '-')} text  {duration(row['seconds'])}"
-        )
-        return (
-            f"{start} {'evaluation':<12}  loss {value['loss']:6.3f}  sparsity {100 * value['sparsity']:5.1f} %  {end}"
-        )
     line = (
-        f"{start} {row['stage']:<12}  loss {value['loss']:6.3f}  λ {value['l1_factor']:<#9.4g}  "
+        f"step {row['step']:>{max(4, len(str(steps)))}}/{steps} {row['stage']:<12}  loss {value['loss']:6.3f}  λ {value['l1_factor']:<#9.4g}  "
         f"sparsity {100 * value['sparsity']:5.1f} %  lr {value['lr']:.1e}  {value['tokens_per_second']:>7,.0f} tok/s"
     )
     return line if eta_seconds is None else f"{line}  ETA {duration(eta_seconds)}"
@@ -208,8 +202,9 @@ def _start_wandb(tracking: Tracking, run_dir: Path, config: dict[str, Any], trac
 
 
 def _scalars(row: dict[str, Any]) -> Iterable[tuple[str, float]]:
+    kind = f"evaluation_{row['model']}" if row.get("model") in AFTER_TRAINING else row["kind"]
     for key, value in row.items():
         if isinstance(value, list):
-            yield from ((f"{row['kind']}_{key}/{layer:02d}", part) for layer, part in enumerate(value))
+            yield from ((f"{kind}_{key}/{layer:02d}", part) for layer, part in enumerate(value))
         elif isinstance(value, int | float) and key != "step":
-            yield f"{row['kind']}/{key}", value
+            yield f"{kind}/{key}", value

@@ -243,6 +243,9 @@ def test_only_an_earlier_export_is_replaced(tmp_path, monkeypatch):
     out.mkdir()
     assert export()["model_type"] == "sparse_qwen3"  # an empty folder may be used
     substitute(model, "relu")
+    (out / "result.json").write_text(
+        json.dumps({"verb": "shift", "export": json.loads((out / "result.json").read_text())})
+    )
     assert export()["model_type"] == "qwen3" and not list(out.glob("*.py"))
     (out / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"holds notes\.txt"):

@@ -81,7 +81,6 @@ def test_a_progress_line_shows_step_stage_loss_factor_sparsity_rate_and_time():
     line = progress_line(TRAIN, 150, 490.0)
     for part in ("42/150 rise", "loss  2.914", "λ 0.1250", "71.2 %", "lr 3.0e-04", "312 tok/s", "ETA 8 min 10 s"):
         assert part in line
-    assert "perplexity 18.174 on held-out text" in progress_line(EVALUATION, 150, None)
 
 
 def test_progress_lines_keep_their_columns():
@@ -176,6 +175,14 @@ def test_a_row_becomes_numbers_under_its_kind_with_the_step_as_axis(monkeypatch)
     assert run.rows[0]["train/loss"] == 2.914
     assert run.rows[0]["train_sparsity_by_layer/01"] == 0.724
     assert all(isinstance(value, int | float) for value in run.rows[0].values())
+
+
+def test_a_shifted_model_is_no_point_of_the_training_curve(monkeypatch):
+    run = BrokenRun()
+    monkeypatch.setattr("prosparse.telemetry._start_wandb", lambda *_: run)
+    Tracker(Tracking(wandb=Wandb.online), ".", {}, None).log(EVALUATION | {"model": "shifted"})
+    assert run.rows[0]["evaluation_shifted/perplexity"] == 18.174
+    assert "evaluation/perplexity" not in run.rows[0]
 
 
 def test_wandb_that_breaks_is_one_warning_and_training_goes_on(monkeypatch, capsys):

@@ -243,8 +243,9 @@ def _check_replaceable(out: Path) -> None:
         return
     try:
         result = json.loads((out / RESULT).read_text())
+        result = result.get("export", result)  # a verb that exports at its end nests it in its own result
         ours = {RESULT, *result["files"]} if result["verb"] == "export" else set()
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         ours = set()
     if found - ours:
         foreign = min(found - ours)
