@@ -69,6 +69,25 @@ def agree(function: Callable[[], T], what: str) -> T:
     return result  # type: ignore[return-value]
 
 
+def same_everywhere(config: Any) -> None:
+    """Raise ValueError on every rank unless all of them were started with an equal config."""
+    configs = [config]
+    if dist.is_initialized():
+        configs = [None] * dist.get_world_size()
+        dist.all_gather_object(configs, config)
+    odd = [rank for rank, other in enumerate(configs) if other != configs[0]]
+    if odd:
+        raise ValueError(f"the config of rank {odd[0]} is not that of rank 0: start every rank with the same overrides")
+
+
+def difference(old: Any, new: Any, path: str = "") -> str | None:
+    """The first key in which two nested dicts differ, in words; None if they are equal."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        parts = (difference(old.get(k), new.get(k), f"{path}.{k}" if path else k) for k in sorted({*old, *new}))
+        return next((part for part in parts if part is not None), None)
+    return None if old == new else f"{path} was {old} and is now {new}"
+
+
 def save(
     engine: Any,
     run_dir: Path,

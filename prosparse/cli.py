@@ -139,7 +139,7 @@ def _shift(config: schema.ShiftCheckpoint) -> dict:
     from prosparse.exporters.hf import export_hf_model
     from prosparse.ffn import activation_of, substitute
     from prosparse.sparsity import spread
-    from prosparse.threshold import Point, shift
+    from prosparse.threshold import shift
 
     model, tokenizer = _open(config)
     substitute(model, *activation_of(model))
@@ -147,13 +147,9 @@ def _shift(config: schema.ShiftCheckpoint) -> dict:
     chosen = [rows[i] for i in spread(len(rows), config.calibration_rows)]
     how = schema.Shift(config.threshold, config.budget, config.calibration_rows, config.start, config.refinements)
 
-    def report(point: Point) -> None:
-        print(
-            f"threshold {point.threshold:.5g}  sparsity {point.sparsity:.2%}  perplexity {point.perplexity:.3f}",
-            file=sys.stderr,
-        )
-
-    shifted = shift(model, chosen, how, batch=config.batch, report=report).to_dict() | {"text": config.text}
+    shifted = shift(model, chosen, how, batch=config.batch, report=lambda p: print(p, file=sys.stderr)).to_dict() | {
+        "text": config.text
+    }
     result = export_hf_model(model, tokenizer, config.out, _dtype(config.dtype)) | {"shift": shifted}
     _write_result(Path(config.out), result)  # over the export's own, which it contains
     return result

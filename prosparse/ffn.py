@@ -106,7 +106,8 @@ def substitute(model: PreTrainedModel, activation: str, param: float = 0.0) -> S
             module.activation, module.param = activation, param
         else:
             parent, _, child = name.rpartition(".")
-            ffn = SparseFFN(*(getattr(module, projection) for projection in PROJECTIONS), activation, param)
+            gate_proj, up_proj, down_proj = (module.get_submodule(projection) for projection in PROJECTIONS)
+            ffn = SparseFFN(gate_proj, up_proj, down_proj, activation, param)
             setattr(model.get_submodule(parent), child, ffn.train(module.training))
     for key in ("hidden_act", "hidden_activation"):
         if hasattr(config, key):

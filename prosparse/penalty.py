@@ -40,12 +40,17 @@ class _InjectL1(torch.autograd.Function):
         if ctx.token_mask is not None:
             counted = x1 * ctx.token_mask.unsqueeze(-1)
             elements = ctx.token_mask.sum() * x1.shape[-1]
-        row = context.statistics[ctx.layer]
-        row[MAGNITUDE] += torch.linalg.vector_norm(counted, 1, dtype=torch.float32)
-        row[NONZERO] += torch.count_nonzero(counted)
-        row[COUNT] += elements
+        sign = counted.sign()
+        tally(context.statistics[ctx.layer], counted, sign, elements)
         scale = (context.scale / x1.shape[-1]).to(gradient.dtype)
-        return torch.addcmul(gradient, scale, counted.sign().to(gradient.dtype)), None, None
+        return torch.addcmul(gradient, scale, sign.to(gradient.dtype)), None, None
+
+
+def tally(row: Tensor, x1: Tensor, sign: Tensor, elements: Tensor) -> None:
+    """Add Σ|x1|, non-zeros and elements to one layer's statistics [3]; summed in fp32 over a token's neurons, in fp64 over tokens."""
+    for column, values in ((MAGNITUDE, x1), (NONZERO, sign)):
+        row[column] += torch.linalg.vector_norm(values, 1, dim=-1, dtype=torch.float32).sum(dtype=torch.float64)
+    row[COUNT] += elements
 
 
 def inject_l1(x1: Tensor, context: PenaltyContext, layer: int) -> Tensor:

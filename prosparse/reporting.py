@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from prosparse.config import Control
 from prosparse.telemetry import AFTER_TRAINING, duration, read_metrics, strict_json, write_atomically
 
 # The models of a report in the order of their making, in colors that colour-blind readers tell apart (Okabe and Ito).
@@ -51,6 +52,16 @@ def table(report: dict[str, Any]) -> str:
             f"{_cell(sparsity, '.2f', ' %'):>9} {_cell(threshold, '.4g'):>10}"
         )
     return "\n".join(lines + [""] * bool(report["notes"]) + [f"note: {note}" for note in report["notes"]])
+
+
+def fairness(control: Control) -> str:
+    """What to compare a run's perplexities with."""
+    if control is Control.silu_continued:
+        return "control silu_continued: the base's own activation, λ 0, the same rows and learning rate: the fair row to compare with"
+    return (
+        "the base model has not been trained on this text and the others have: a ratio to it is no measure of what sparsity "
+        "costs; recipe.control=silu_continued trains the fair row on the same tokens"
+    )
 
 
 def _cell(value: float | None, form: str, unit: str = "") -> str:
@@ -97,7 +108,7 @@ def _training(rows: list[dict[str, Any]]) -> Figure:
     for axes, (key, scale, color) in zip(panels, lines, strict=True):
         axes.plot(_column(train, "step"), _column(train, key, scale), dot + "-", color=color, lw=1.3, label="training")
         if held_out and key in ("loss", "sparsity"):
-            axes.plot(_column(held_out, "step"), _column(held_out, key, scale), "D--", color=VERMILION, lw=1, ms=4.5)
+            axes.plot(_column(held_out, "step"), _column(held_out, key, scale), "D", color=VERMILION, ms=5)
             axes.lines[-1].set_label("held out")
         _frame(axes)
     labels = ("loss (nats per token)", "L1 factor λ\n(unit of the recipe)", "sparsity (%)", "learning\nrate")

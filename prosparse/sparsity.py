@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from prosparse.data import batch as make_batch
 from prosparse.ffn import find_ffns
-from prosparse.penalty import COUNT, MAGNITUDE, NONZERO, mean_abs_by_layer, new_statistics, sparsity_by_layer
+from prosparse.penalty import mean_abs_by_layer, new_statistics, sparsity_by_layer, tally
 
 
 @dataclass
@@ -80,9 +80,7 @@ def measure(
     def count(layer: int, mask: Tensor | None) -> Callable:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x1 = inputs[0].flatten(0, -2) if mask is None else inputs[0][mask]
-            statistics[layer, MAGNITUDE] += torch.linalg.vector_norm(x1, 1, dtype=torch.float32)
-            statistics[layer, NONZERO] += torch.count_nonzero(x1)
-            statistics[layer, COUNT] += x1.numel()
+            tally(statistics[layer], x1, x1.sign(), torch.tensor(float(x1.numel())))
 
         return hook
 

@@ -6,15 +6,24 @@ The metrics file is the record; wandb is a view of it and never stops training.
 
 import json
 import os
+import resource
 import sys
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
-from prosparse.config import Tracking, Wandb
+import torch
+from transformers import PreTrainedModel
 
+from prosparse import schedule
+from prosparse.config import Tracking, Train, Wandb
+from prosparse.data import Prepared, epochs
+from prosparse.ffn import Substitution
+
+# Dense bf16 peaks in FLOP/s, from the vendor's data sheets.
+PEAK_FLOPS = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H200": 989e12}
 AFTER_TRAINING = ("shifted", "exported")  # evaluation rows of these models are no points of the training's own curve
 
 # --- strict JSON ------------------------------------------------------------------------------------------------------
@@ -91,8 +100,9 @@ def progress_line(row: dict[str, Any], steps: int, eta_seconds: float | None) ->
     """One line for a training row; `steps` is the length of the whole recipe."""
     value = {key: nan if part is None else part for key, part in row.items()}
     line = (
-        f"step {row['step']:>{max(4, len(str(steps)))}}/{steps} {row['stage']:<12}  loss {value['loss']:6.3f}  λ {value['l1_factor']:<#9.4g}  "
-        f"sparsity {100 * value['sparsity']:5.1f} %  lr {value['lr']:.1e}  {value['tokens_per_second']:>7,.0f} tok/s"
+        f"step {row['step']:>{max(4, len(str(steps)))}}/{steps} {row['stage']:<12}  "
+        f"loss {value['loss']:6.3f}  λ {value['l1_factor']:<#9.4g}  sparsity {100 * value['sparsity']:5.1f} %  "
+        f"lr {value['lr']:.1e}  {value['tokens_per_second']:>7,.0f} tok/s"
     )
     return line if eta_seconds is None else f"{line}  ETA {duration(eta_seconds)}"
 
@@ -104,6 +114,82 @@ def duration(seconds: float) -> str:
         if whole >= size:
             return f"{whole // size} {name} {whole % size // part_size} {part_name}"
     return f"{whole} s"
+
+
+def header(
+    config: Train,
+    model: PreTrainedModel,
+    substitution: Substitution,
+    prepared: Mapping[int, Prepared],
+    step: int,
+    ranks: int,
+    device: torch.device,
+) -> str:
+    """What is about to run: model, batch arithmetic, stages with λ and learning rate, text; `step`: where it goes on."""
+    recipe, neurons = config.recipe, model.config.get_text_config().intermediate_size
+    sequences, context = schedule.batch_at(recipe, 1)
+    lines = [
+        f"model    {config.model.source}: {_parameters(model) / 1e6:,.1f} M parameters, {substitution.layers} FFNs of "
+        f"{neurons:,} neurons, {substitution.replaced} -> {substitution.activation}, control {recipe.control}",
+        f"batch    {sequences} rows x {context} tokens = micro_batch {config.micro_batch} x {ranks} ranks x accumulation "
+        f"{schedule.accumulation(sequences, config.micro_batch, ranks)}; {config.dtype}, ZeRO-{config.zero.stage}, "
+        f"{device_name(device, ranks)}, {torch.get_num_threads()} threads a rank",
+    ]
+    passes: dict[tuple[int, str], float] = {}
+    weights = {name: source.weight for name, source in config.data.sources.items()}
+    for span in schedule.spans(recipe):
+        factors = [schedule.l1_factor(recipe, end) for end in (span.first, span.last)]
+        rates = [schedule.learning_rate(recipe, end) for end in (span.first, span.last)]
+        mean = schedule.l1_factor_mean(recipe, span.last, neurons)
+        lines.append(
+            f"stage    {span.name:<13} steps {span.first}-{span.last}  λ {factors[0]:.4g} -> {factors[1]:.4g} "
+            f"({mean:.4g} x mean |x1|)  lr {rates[0]:.2g} -> {rates[1]:.2g}"
+        )
+        sequences, context = schedule.batch_at(recipe, span.first)
+        used = epochs(prepared[context].train, span.stage.data or weights, span.stage.steps * sequences)
+        for name, count in used.items():
+            passes[context, name] = passes.get((context, name), 0) + count
+    for (context, name), count in passes.items():
+        rows = len(prepared[context].train[name])
+        lines.append(f"text     {name}: {rows:,} rows of {context} tokens, read {count:.2f} times")
+        if count > 1:
+            lines.append(f"         {name} runs out and repeats: add text or shorten the recipe")
+    total = schedule.total_steps(recipe)
+    lines.append(
+        f"run      {config.run_dir}: " + (f"goes on after step {step} of {total}" if step else f"{total} steps")
+    )
+    return "\n".join(lines)
+
+
+def device_name(device: torch.device, ranks: int) -> str:
+    return f"{ranks} x {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"{ranks} CPU ranks"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes of this process: allocated on its GPU, or resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def mfu(model: PreTrainedModel, context: int, tokens_per_second: float, device: torch.device) -> float | None:
+    """Model FLOPs utilization of one device that trains `tokens_per_second`; None where its peak is not known.
+
+    (6N + 12 · layers · hidden · context) FLOPs a token (PaLM, arXiv 2204.02311, appendix B), no causal halving; N without
+    the embeddings unless they are tied.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    if peak is None:
+        return None
+    text = model.config.get_text_config()
+    parameters = _parameters(model) - (0 if text.tie_word_embeddings else text.vocab_size * text.hidden_size)
+    per_token = 6 * parameters + 12 * text.num_hidden_layers * text.hidden_size * context
+    return per_token * tokens_per_second / peak
+
+
+def _parameters(model: PreTrainedModel) -> int:
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
 
 
 class Eta:

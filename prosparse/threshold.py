@@ -24,6 +24,9 @@ class Point:
     sparsity: float
     perplexity: float
 
+    def __str__(self) -> str:
+        return f"threshold {self.threshold:<10.5g} sparsity {self.sparsity:6.1%}  perplexity {self.perplexity:10.3f}"
+
 
 @dataclass
 class Shifted:

@@ -5,14 +5,14 @@ report/) and the report as a dict.
 """
 
 import copy
+import ctypes
 import gc
 import json
 import os
-import resource
 import socket
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -21,37 +21,56 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import yaml
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from prosparse import checkpoint, schedule
 from prosparse.checkpoint import TrainState, from_rank_zero
-from prosparse.config import Checkpointing, Control, Dtype, Train
-from prosparse.data import Batch, batch, epochs, mixture, open_prepared, prepare
-from prosparse.ffn import Substitution, activation_of, set_penalty, sparse_ffns, substitute
+from prosparse.config import Checkpointing, Dtype, Train
+from prosparse.data import Batch, Prepared, batch, mixture, open_prepared, prepare
+from prosparse.exporters.hf import export_hf
+from prosparse.ffn import activation_of, set_penalty, substitute
+from prosparse.models.load import load_config, load_model, load_tokenizer
 from prosparse.penalty import PenaltyContext, mean_abs_by_layer, new_statistics, sparsity_by_layer
-from prosparse.reporting import table, write_report
-from prosparse.sparsity import Measurement, labeled, language_loss, measure, spread
-from prosparse.telemetry import Eta, Metrics, Tracker, progress_line, read_metrics
-from prosparse.threshold import Point, shift
+from prosparse.reporting import fairness, table, write_report
+from prosparse.sparsity import labeled, language_loss, measure, spread
+from prosparse.telemetry import (
+    Eta,
+    Metrics,
+    Tracker,
+    device_name,
+    header,
+    mfu,
+    peak_memory,
+    progress_line,
+    read_metrics,
+)
+from prosparse.threshold import shift
 
 DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
-# Dense bf16 peaks in FLOP/s, from the vendor's data sheets.
-PEAK_FLOPS = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H200": 989e12}
 MAX_SKIPPED_IN_A_ROW = 10
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 @dataclass
 class Run:
-    """What the phases of one run share."""
+    """One training run on this rank; only `state` changes after it was opened."""
 
     config: Train
-    run_dir: Path
+    folder: Path
     rank: int
     world: int
     device: torch.device
-    metrics: Metrics | None  # rank 0 only
-    tracker: Tracker | None  # rank 0 only
+    base_config: PreTrainedConfig  # of the base model, before the substitution
+    tokenizer: PreTrainedTokenizerBase
+    prepared: dict[int, Prepared]  # by context
+    engine: Any  # DeepSpeed's
+    own_activation: tuple[str, float]  # the base model's
+    activation: tuple[str, float]  # what the recipe trains with
+    state: TrainState = field(default_factory=TrainState)
+    metrics: Metrics | None = None  # rank 0 only
+    tracker: Tracker | None = None  # rank 0 only
+    mixtures: dict[str, Any] = field(default_factory=dict)
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -62,146 +81,78 @@ class Run:
             self.metrics.append(row)
             self.tracker.log(row)
 
+    def rows(self, step: int) -> Any:
+        """The mixture that the stage of `step` reads."""
+        stage, context = (
+            schedule.stage_at(self.config.recipe, step).stage,
+            schedule.batch_at(self.config.recipe, step)[1],
+        )
+        key = json.dumps([stage.data, context])
+        if key not in self.mixtures:
+            weights = stage.data or {name: source.weight for name, source in self.config.data.sources.items()}
+            self.mixtures[key] = mixture(self.prepared[context].train, weights, self.config.seed)
+        return self.mixtures[key]
+
+    @property
+    def held_out(self) -> Any:
+        """Held-out rows of the last stage's context."""
+        return self.prepared[
+            schedule.batch_at(self.config.recipe, schedule.total_steps(self.config.recipe))[1]
+        ].held_out
+
 
 def train(config: Train) -> dict:
     """Run `config` to its end, or to `config.until`; started again with the same config it goes on.
 
-    Every rank of a launcher's group calls it; without a launcher it is a group of one. Returns the report ({"stopped_at"}
-    if it stopped at `until`). Raises ValueError for what a user can mend, OSError if a checkpoint cannot be written.
+    Every rank of a launcher's group calls it; without a launcher it is a group of one. Returns the report, or
+    {"run_dir", "stopped_at", "step"} if it stopped at a stage. Raises ValueError for what a user can mend, OSError if a
+    checkpoint cannot be written.
     """
     started = time.time()
-    # --- the process group, the folder --------------------------------------------------------------------------------
-    rank, world, device = start_group(config)
-    run_dir = Path(config.run_dir).expanduser()
-    recipe = config.recipe
-    from_rank_zero(lambda: _claim(run_dir))
-    _same_everywhere(json.dumps(asdict(config), sort_keys=True), world)
-    for span in schedule.spans(recipe):
-        schedule.accumulation(schedule.batch_at(recipe, span.first)[0], config.micro_batch, world)
+    run = open_run(config)
+    recipe, engine, state = config.recipe, run.engine, run.state
+    total = schedule.total_steps(recipe)
+    last = next((span.last for span in schedule.spans(recipe) if span.name == config.until), total)
 
-    # --- text, model, substitution ------------------------------------------------------------------------------------
-    import deepspeed
-
-    from prosparse.exporters.hf import export_hf
-    from prosparse.models.load import load_config, load_model, load_tokenizer
-
-    opening = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
-    base_config = load_config(config.model.source, **opening)
-    _check_shape(config, base_config)
-    tokenizer = load_tokenizer(
-        config.data.tokenizer or config.model.source, **({} if config.data.tokenizer else opening)
-    )
-    arguments = (config.data, tokenizer, schedule.contexts(recipe), base_config.get_text_config().vocab_size)
-    folders = from_rank_zero(lambda: {length: made.folders for length, made in prepare(*arguments).items()})
-    prepared = {length: open_prepared(parts) for length, parts in folders.items()}
-    ds_config = deepspeed_config(config, world)
-    model = load_model(
-        config.model.source,
-        dtype=DTYPES[config.dtype],
-        device=str(device),
-        attention=config.attention,
-        zero3=ds_config if config.zero.stage == 3 else None,
-        **opening,
-    )
-    base_config = copy.deepcopy(model.config)
-    own = activation_of(model)
-    substitution = substitute(model, *(schedule.activation(recipe) or own))
-    if config.checkpointing is not Checkpointing.none:
-        reentrant = config.checkpointing is Checkpointing.reentrant
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    model.train()
-
-    # --- the engine, and where the run left off -----------------------------------------------------------------------
-    decayed = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) >= 2]
-    others = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) < 2]
-    adamw = recipe.optimizer
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": adamw.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=recipe.lr.peak,
-        betas=(adamw.betas[0], adamw.betas[1]),
-        eps=adamw.eps,
-        fused=True,
-    )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
-    identity = _identity(config, {str(length): made.digest for length, made in prepared.items()})
-    state = _resume(engine, config, run_dir, identity)
-    run = _open_run(config, run_dir, rank, world, device, state)
-    run.say(_header(run, substitution, model, base_config, prepared, state))
-    record = {
-        "identity": identity,
-        "activation": {"name": substitution.activation, "param": substitution.param},
-        "zero_stage": config.zero.stage,
-        "versions": _versions(),
-    }
-
-    def save() -> None:
-        began = time.time()
-        folder = checkpoint.save(
-            engine, run_dir, state, record, lambda to: _skeleton(model, base_config, tokenizer, to), config.save.keep
-        )
-        run.say(f"saved {folder} in {time.time() - began:.1f} s")
-
-    # --- before the first step: the base model, and what substitution alone does to it ----------------------------------
-    held_out = prepared[schedule.contexts(recipe)[-1]].held_out
+    # --- before the first step: the base model, and what substitution alone does to it --------------------------------
     if state.step == 0:
-        if schedule.activation(recipe) is not None:
-            substitute(model, *own)
-        evaluate(run, engine.module, held_out, 0, "base")
-        if schedule.activation(recipe) is not None:
-            substitute(model, substitution.activation, substitution.param)
-            evaluate(run, engine.module, held_out, 0, "substituted")
+        substitute(engine.module, *run.own_activation)
+        evaluate(run, engine.module, "base")
+        substitute(engine.module, *run.activation)
+        if run.activation != run.own_activation:
+            evaluate(run, engine.module, "substituted")
 
     # --- the stages ---------------------------------------------------------------------------------------------------
-    neurons = base_config.get_text_config().intermediate_size
-    context = PenaltyContext(torch.zeros((), device=device), new_statistics(substitution.layers, device))
-    mixtures: dict[str, Any] = {}
-
-    def mixture_at(step: int) -> Any:
-        stage, length = schedule.stage_at(recipe, step).stage, schedule.batch_at(recipe, step)[1]
-        key = json.dumps([stage.data, length])
-        if key not in mixtures:
-            weights = stage.data or {name: source.weight for name, source in config.data.sources.items()}
-            mixtures[key] = mixture(prepared[length].train, weights, config.seed)
-        return mixtures[key]
-
-    eta = Eta()
-    total, skipped_in_a_row = schedule.total_steps(recipe), 0
-    stop_at = (
-        total
-        if config.until in (None, "shift")
-        else next(s.last for s in schedule.spans(recipe) if s.name == config.until)
-    )
-    while state.step < stop_at:
-        began = time.perf_counter()
-        step = state.step + 1
+    neurons = run.base_config.get_text_config().intermediate_size
+    layers = run.base_config.get_text_config().num_hidden_layers
+    context = PenaltyContext(torch.zeros((), device=run.device), new_statistics(layers, run.device))
+    eta, skipped_in_a_row = Eta(), 0
+    while state.step < last:
+        began, step = time.perf_counter(), state.step + 1
         span = schedule.stage_at(recipe, step)
         if span.stage.reset_optimizer and step == span.first:
-            _reset(engine)
+            _forget_moments(engine)
 
         # the window: which rows, split into this rank's micro-batches
         first, sequences = schedule.window_rows(recipe, step, state.window)
-        rows = mixture_at(step)
-        whole = config.micro_batch * world
-        starts = range(first + rank * config.micro_batch, first + sequences, whole)
-        micro_batches = [batch(rows, range(i, i + config.micro_batch)).to(device) for i in starts]
+        starts = range(first + run.rank * config.micro_batch, first + sequences, config.micro_batch * run.world)
+        rows = [batch(run.rows(step), range(i, i + config.micro_batch)).to(run.device) for i in starts]
         factor = schedule.l1_factor_mean(recipe, step, neurons)
-        window = accumulate(engine, context, micro_batches, factor)
+        window = accumulate(engine, context, rows, factor)
 
-        # the step
-        learning_rate, decay = schedule.learning_rate(recipe, step), schedule.weight_decay(recipe, step)
+        # the step; one that DeepSpeed does not apply uses up its window and does not count
+        rate, decay = schedule.learning_rate(recipe, step), schedule.weight_decay(recipe, step)
         for group, own_decay in zip(engine.optimizer.param_groups, (decay, 0.0), strict=True):
-            group["lr"], group["weight_decay"] = learning_rate, own_decay
+            group["lr"], group["weight_decay"] = rate, own_decay
         engine.step()
         state.window += 1
         if not engine.was_step_applied():
             state.skipped, skipped_in_a_row = state.skipped + 1, skipped_in_a_row + 1
             run.say(
-                f"step {step}: not applied, the gradient is not finite; rows {first} to {first + sequences - 1} are left out"
+                f"step {step} not applied, its gradient is not finite: rows {first}-{first + sequences - 1} left out"
             )
             if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-                raise RuntimeError(
-                    f"{skipped_in_a_row} steps in a row were not applied: lower recipe.lr.peak or the last λ"
-                )
+                raise RuntimeError(f"{skipped_in_a_row} steps in a row were not applied: lower recipe.lr.peak or λ")
             continue
         state.step, state.tokens, skipped_in_a_row = step, state.tokens + window.tokens, 0
 
@@ -209,7 +160,7 @@ def train(config: Train) -> dict:
         seconds = time.perf_counter() - began
         eta.update(seconds)
         by_layer, magnitude = sparsity_by_layer(window.statistics), mean_abs_by_layer(window.statistics)
-        grad_norm = engine.get_global_grad_norm()
+        norm, speed = engine.get_global_grad_norm(), window.tokens / seconds
         row = {
             "kind": "train",
             "step": step,
@@ -220,72 +171,29 @@ def train(config: Train) -> dict:
             "l1": factor * sum(magnitude),
             "l1_factor": schedule.l1_factor(recipe, step),
             "l1_factor_mean": factor,
-            "sparsity": sum(by_layer) / len(by_layer),
+            "sparsity": sum(by_layer) / layers,
             "sparsity_by_layer": by_layer,
             "mean_abs_by_layer": magnitude,
-            "lr": learning_rate,
-            "grad_norm": None if grad_norm is None else float(grad_norm),
-            "tokens_per_second": window.tokens / seconds,
-            "mfu": _mfu(model, base_config, schedule.batch_at(recipe, step)[1], window.tokens / seconds, world, device),
+            "lr": rate,
+            "grad_norm": None if norm is None else float(norm),
+            "tokens_per_second": speed,
+            "mfu": mfu(engine.module, schedule.batch_at(recipe, step)[1], speed / run.world, run.device),
             "step_seconds": seconds,
-            "memory_bytes": _memory(device),
+            "memory_bytes": peak_memory(run.device),
             "skipped": state.skipped,
         }
         run.log(row)
-        run.say(progress_line(row, total, eta.remaining(stop_at - step)))
+        run.say(progress_line(row, total, eta.remaining(last - step)))
         if config.evaluate.every and step % config.evaluate.every == 0 and step < total:
-            evaluate(run, engine.module, held_out, step, "training")
+            evaluate(run, engine.module, "training")
         if step % config.save.every == 0 or step == span.last:
-            save()
+            save(run)
 
     if state.step < total:
-        run.say(f"stopped after stage {config.until} as until={config.until} asked; start again without it to go on")
+        run.say(f"stopped after stage {config.until}, as until={config.until} asks; started without it the run goes on")
         _close(run, {})
-        return {"run_dir": str(run_dir), "stopped_at": config.until, "step": state.step}
-
-    # --- the shift, the export, the report ----------------------------------------------------------------------------
-    models = {row["model"]: row for row in from_rank_zero(lambda: read_metrics(run_dir)) if row["kind"] == "evaluation"}
-    models = {name: models[name] for name in ("base", "substituted") if name in models}
-    models["trained"] = evaluate(run, engine.module, held_out, state.step, "trained")
-    report = {
-        "models": models,
-        "tokens_trained": state.tokens,
-        "steps": state.step,
-        "text": f"held-out documents of {', '.join(f'{n} ({s.path})' for n, s in config.data.sources.items())}",
-        "dtype": str(config.dtype),
-        "device": _device_name(device, world),
-        "command": " ".join(sys.argv),
-        "control": str(recipe.control),
-        "versions": record["versions"],
-        "notes": [_fairness(recipe.control)],
-    }
-    if schedule.shifts(recipe):
-        rows = mixture_at(total)
-        unread = sum(schedule.window_rows(recipe, total, state.window - 1))
-        calibration = [rows[unread + i] for i in range(recipe.shift.calibration_rows)]
-        run.say(f"shifting the threshold on {len(calibration)} training rows not read so far")
-        shifted = shift(model, calibration, recipe.shift, batch=config.micro_batch, report=lambda p: run.say(_point(p)))
-        report["shift"] = shifted.to_dict()
-        models["shifted"] = evaluate(run, engine.module, held_out, state.step, "shifted")
-    if config.until != "shift":
-        activation, generation = activation_of(model), model.generation_config
-        weights = _gather(engine, rank)
-        engine.destroy()
-        del engine, model, optimizer
-        gc.collect()
-        target = (run_dir / "model", DTYPES[config.dtype])
-        report["export"] = from_rank_zero(
-            lambda: export_hf(weights, base_config, *activation, tokenizer, generation, *target)
-        )
-        del weights
-        exported = load_model(str(run_dir / "model"), dtype=DTYPES[config.dtype], device=str(device))
-        models["exported"] = evaluate(run, exported, held_out, state.step, "exported")
-    report["seconds"] = time.time() - started
-    images = from_rank_zero(lambda: _report(run_dir, report))
-    run.say("\n" + table(report))
-    run.say(f"\nreport: {run_dir / 'report'}" + ("" if config.until == "shift" else f"   model: {run_dir / 'model'}"))
-    _close(run, images)
-    return report
+        return {"run_dir": str(run.folder), "stopped_at": config.until, "step": state.step}
+    return finish(run, started)
 
 
 @dataclass
@@ -326,6 +234,146 @@ def accumulate(engine: Any, context: PenaltyContext, micro_batches: list[Batch],
     return Window(sums[-1].item() / labels, int(tokens), sums[:-1].view_as(context.statistics))
 
 
+# --- the phases around the loop ---------------------------------------------------------------------------------------
+
+
+def open_run(config: Train) -> Run:
+    """Everything before the first step: group, folder, text, model, substitution, engine, and the state it goes on from."""
+    rank, world, device = start_group(config)
+    import deepspeed
+
+    folder, recipe = Path(config.run_dir).expanduser(), config.recipe
+    from_rank_zero(lambda: _claim(folder))
+    checkpoint.same_everywhere(config)
+    for span in schedule.spans(recipe):
+        schedule.accumulation(schedule.batch_at(recipe, span.first)[0], config.micro_batch, world)
+
+    opening: dict = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
+    text_config = load_config(config.model.source, **opening).get_text_config()
+    _check_shape(config, text_config)
+    own = config.data.tokenizer
+    tokenizer = load_tokenizer(own) if own else load_tokenizer(config.model.source, **opening)
+    # One rank prepares the text, all of them open it.
+    text = (config.data, tokenizer, schedule.contexts(recipe), text_config.vocab_size)
+    folders = from_rank_zero(lambda: {length: made.folders for length, made in prepare(*text).items()})
+    prepared = {length: open_prepared(parts) for length, parts in folders.items()}
+
+    ds_config = deepspeed_config(config, world)
+    model = load_model(
+        config.model.source,
+        dtype=DTYPES[config.dtype],
+        device=device,
+        attention=config.attention,
+        zero3=ds_config if config.zero.stage == 3 else None,
+        **opening,
+    )
+    base_config, own_activation = copy.deepcopy(model.config), activation_of(model)
+    activation = schedule.activation(recipe) or own_activation
+    substitution = substitute(model, *activation)
+    if config.checkpointing is not Checkpointing.none:
+        reentrant = config.checkpointing is Checkpointing.reentrant
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    engine, *_ = deepspeed.initialize(
+        model=model.train(), optimizer=_optimizer(config, model), config=ds_config, dist_init_required=False
+    )
+    run = Run(config, folder, rank, world, device, base_config, tokenizer, prepared, engine, own_activation, activation)
+    run.state = _resume(run)
+    if rank == 0:
+        plain = json.loads(json.dumps(asdict(config)))
+        text_of_it = yaml.safe_dump(plain | {"versions": _versions()}, sort_keys=False, allow_unicode=True)
+        (folder / "config.yaml").write_text(text_of_it)
+        run.metrics = Metrics(folder, run.state.step or -1)
+        run.tracker = Tracker(config.tracking, folder, plain, run.state.tracking_id)
+        run.state.tracking_id = run.tracker.id
+    run.say(header(config, model, substitution, prepared, run.state.step, world, device))
+    return run
+
+
+def evaluate(run: Run, model: PreTrainedModel, name: str) -> dict:
+    """Measure `model` on the run's held-out rows (all ranks call it); log the evaluation row and return it."""
+    began, config = time.time(), run.config
+    set_penalty(model, None)
+    indices = spread(len(run.held_out), config.evaluate.rows)
+    result = measure(model, run.held_out, batch=config.micro_batch, indices=indices)
+    row = {"kind": "evaluation", "model": name, "step": run.state.step, "split": "held_out", **asdict(result)}
+    row["seconds"] = time.time() - began
+    run.log(row)
+    run.say(
+        f"held out  {name:<12} perplexity {result.perplexity:10.2f}  sparsity {result.sparsity:6.1%}  "
+        f"({result.tokens:,} tokens, {row['seconds']:.0f} s)"
+    )
+    return row
+
+
+def save(run: Run) -> None:
+    """Commit a checkpoint of the run's last step (all ranks call it)."""
+    began = time.time()
+    record = {
+        "identity": _identity(run),
+        "activation": dict(zip(("name", "param"), run.activation, strict=True)),
+        "versions": _versions(),
+    }
+
+    def skeleton(folder: Path) -> None:
+        """Everything of the model but its weights, so that a checkpoint opens by itself."""
+        run.base_config.save_pretrained(folder)
+        if run.engine.module.generation_config is not None:
+            run.engine.module.generation_config.save_pretrained(folder)
+        run.tokenizer.save_pretrained(folder)
+
+    folder = checkpoint.save(run.engine, run.folder, run.state, record, skeleton, run.config.save.keep)
+    run.say(f"saved {folder} in {time.time() - began:.1f} s")
+
+
+def finish(run: Run, started: float) -> dict:
+    """After the last step: shift, export, report (all ranks call it)."""
+    config, recipe, state, model = run.config, run.config.recipe, run.state, run.engine.module
+    logged = from_rank_zero(lambda: read_metrics(run.folder))
+    earlier = {row["model"]: row for row in logged if row["kind"] == "evaluation"}
+    models = {name: earlier[name] for name in ("base", "substituted") if name in earlier}
+    models["trained"] = evaluate(run, model, "trained")
+    report: dict[str, Any] = {
+        "models": models,
+        "tokens_trained": state.tokens,
+        "steps": state.step,
+        "text": "held-out documents of " + ", ".join(f"{n} ({s.path})" for n, s in config.data.sources.items()),
+        "dtype": str(config.dtype),
+        "device": device_name(run.device, run.world),
+        "command": " ".join(sys.argv),
+        "control": str(recipe.control),
+        "versions": _versions(),
+        "notes": [fairness(recipe.control)],
+    }
+    if schedule.shifts(recipe):
+        unread = sum(schedule.window_rows(recipe, state.step, state.window - 1))
+        rows = [run.rows(state.step)[unread + i] for i in range(recipe.shift.calibration_rows)]
+        run.say(f"shifting the threshold on {len(rows)} training rows that were not read")
+        report["shift"] = shift(
+            model, rows, recipe.shift, batch=config.micro_batch, report=lambda point: run.say(str(point))
+        ).to_dict()
+        models["shifted"] = evaluate(run, model, "shifted")
+    if config.until != "shift":
+        activation, generation = activation_of(model), model.generation_config
+        weights = _gather(run)
+        del model
+        run.engine.destroy()
+        run.engine = None
+        gc.collect()
+        target, dtype = run.folder / "model", DTYPES[config.dtype]
+        report["export"] = from_rank_zero(
+            lambda: export_hf(weights, run.base_config, *activation, run.tokenizer, generation, target, dtype)
+        )
+        del weights
+        models["exported"] = evaluate(run, load_model(target, dtype=dtype, device=run.device), "exported")
+    report["seconds"] = time.time() - started
+    folder = from_rank_zero(lambda: write_report(run.folder, report))
+    run.say(
+        f"\n{table(report)}\n\nreport: {folder}" + (f"   model: {run.folder / 'model'}" if "export" in report else "")
+    )
+    _close(run, {path.stem: path for path in sorted(folder.glob("*.png"))})
+    return report
+
+
 def start_group(config: Train) -> tuple[int, int, torch.device]:
     """Join the launcher's process group, or make one of a single rank; returns (rank, ranks, device)."""
     environment = os.environ
@@ -357,6 +405,10 @@ def start_group(config: Train) -> tuple[int, int, torch.device]:
     )
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // here))
     torch.manual_seed(config.seed)
+    if not cuda and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        # Keep freed tensors in the process: glibc would hand each back to the kernel and fault it in again next time.
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -386,25 +438,7 @@ def deepspeed_config(config: Train, world: int) -> dict:
     }
 
 
-def evaluate(run: Run, model: PreTrainedModel, held_out: Any, step: int, name: str) -> dict:
-    """Measure `model` on the run's held-out rows (all ranks call it); write the evaluation row and return it."""
-    began = time.time()
-    set_penalty(model, None)
-    config = run.config
-    result: Measurement = measure(
-        model, held_out, batch=config.micro_batch, indices=spread(len(held_out), config.evaluate.rows)
-    )
-    row = {"kind": "evaluation", "model": name, "step": step, "split": "held_out", **asdict(result)}
-    row["seconds"] = time.time() - began
-    run.log(row)
-    run.say(
-        f"held out  {name:<12} perplexity {result.perplexity:10.2f}  sparsity {result.sparsity:6.1%}  "
-        f"({result.tokens:,} tokens, {row['seconds']:.0f} s)"
-    )
-    return row
-
-
-# --- before the loop --------------------------------------------------------------------------------------------------
+# --- parts --------------------------------------------------------------------------------------------------
 
 
 def _claim(run_dir: Path) -> None:
@@ -417,191 +451,81 @@ def _claim(run_dir: Path) -> None:
         raise ValueError(f"run_dir={run_dir} cannot be written ({error.strerror}): choose a folder that can") from error
 
 
-def _same_everywhere(text: str, world: int) -> None:
-    texts: list[Any] = [None] * world
-    dist.all_gather_object(texts, text)
-    odd = [rank for rank, other in enumerate(texts) if other != texts[0]]
-    if odd:
-        raise ValueError(f"the config of rank {odd[0]} is not that of rank 0: start every rank with the same overrides")
-
-
-def _check_shape(config: Train, base_config: Any) -> None:
+def _check_shape(config: Train, text_config: Any) -> None:
     for key, wanted in asdict(config.model.shape).items():
-        found = getattr(base_config.get_text_config(), key, None)
+        found = getattr(text_config, key, None)
         if wanted is not None and wanted != found:
             raise ValueError(
                 f"model.shape.{key} is {wanted}, but {config.model.source} has {found}: mend the model's config"
             )
 
 
-def _identity(config: Train, digests: dict[str, str]) -> dict:
+def _identity(run: Run) -> dict:
     """What must not change between the parts of one run."""
-    whole = asdict(config)
+    whole = asdict(run.config)
     kept = {key: whole[key] for key in ("model", "recipe", "seed", "dtype")}
-    return json.loads(json.dumps(kept | {"zero": {"stage": config.zero.stage}, "data": digests}))
+    data = {str(length): made.digest for length, made in run.prepared.items()}
+    return json.loads(json.dumps(kept | {"zero": {"stage": run.config.zero.stage}, "data": data}))
 
 
-def _resume(engine: Any, config: Train, run_dir: Path, identity: dict) -> TrainState:
-    how = config.resume
-    newest = None if how == "never" else from_rank_zero(lambda: checkpoint.find(run_dir))
-    if how == "never" and from_rank_zero(lambda: any((run_dir / "checkpoints").glob("step-*"))):
-        raise ValueError(f"resume=never, but {run_dir} has checkpoints: choose another run_dir or resume=auto")
+def _resume(run: Run) -> TrainState:
+    how, folder = run.config.resume, run.folder
+    newest = None if how == "never" else from_rank_zero(lambda: checkpoint.find(folder))
+    if how == "never" and from_rank_zero(lambda: any((folder / "checkpoints").glob("step-*"))):
+        raise ValueError(f"resume=never, but {folder} has checkpoints: choose another run_dir or resume=auto")
     if how == "must" and newest is None:
-        raise ValueError(f"resume=must, but {run_dir} has no complete checkpoint: check run_dir or use resume=auto")
-    folder = newest if how in ("auto", "must", "never") else Path(how).expanduser()
-    if folder is None:
+        raise ValueError(f"resume=must, but {folder} has no complete checkpoint: check run_dir or use resume=auto")
+    chosen = newest if how in ("auto", "must", "never") else Path(how).expanduser()
+    if chosen is None:
         return TrainState()
-    found = from_rank_zero(lambda: checkpoint.verify(folder))
-    difference = _difference(found["identity"], identity)
+    found = from_rank_zero(lambda: checkpoint.read_manifest(chosen))
+    difference = checkpoint.difference(found["identity"], _identity(run))
     if difference is not None:
-        raise ValueError(f"{folder} was trained otherwise: {difference}: use the same settings or another run_dir")
-    checkpoint.restore(engine, folder)
-    return TrainState(**found["state"])
+        raise ValueError(f"{chosen} was trained otherwise: {difference}: use the same settings or another run_dir")
+    return TrainState(**checkpoint.restore(run.engine, chosen)["state"])
 
 
-def _difference(old: Any, new: Any, path: str = "") -> str | None:
-    if isinstance(old, dict) and isinstance(new, dict):
-        parts = (_difference(old.get(k), new.get(k), f"{path}.{k}" if path else k) for k in sorted({*old, *new}))
-        return next((part for part in parts if part is not None), None)
-    return None if old == new else f"{path} was {old} and is now {new}"
-
-
-def _open_run(config: Train, run_dir: Path, rank: int, world: int, device: torch.device, state: TrainState) -> Run:
-    run = Run(config, run_dir, rank, world, device, None, None)
-    if rank == 0:
-        plain = json.loads(json.dumps(asdict(config)))
-        text = yaml.safe_dump(plain | {"versions": _versions()}, sort_keys=False, allow_unicode=True)
-        (run_dir / "config.yaml").write_text(text)
-        run.metrics = Metrics(run_dir, state.step)
-        run.tracker = Tracker(config.tracking, run_dir, plain, state.tracking_id)
-        state.tracking_id = run.tracker.id
-    return run
-
-
-def _header(
-    run: Run, substitution: Substitution, model: PreTrainedModel, base_config: Any, prepared: dict, state: TrainState
-) -> str:
-    config, recipe, text = run.config, run.config.recipe, base_config.get_text_config()
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    sequences, context = schedule.batch_at(recipe, 1)
-    steps = schedule.accumulation(sequences, config.micro_batch, run.world)
-    total = schedule.total_steps(recipe)
-    lines = [
-        f"model    {config.model.source}: {parameters / 1e6:,.1f} M parameters, {substitution.layers} FFNs of "
-        f"{text.intermediate_size} neurons, {substitution.replaced} -> {substitution.activation}, control {recipe.control}",
-        f"batch    {sequences} rows x {context} tokens = micro_batch {config.micro_batch} x {run.world} ranks x "
-        f"accumulation {steps}; {str(config.dtype)}, ZeRO-{config.zero.stage}, {_device_name(run.device, run.world)}, "
-        f"{torch.get_num_threads()} threads a rank",
-    ]
-    for span in schedule.spans(recipe):
-        ends = [schedule.l1_factor(recipe, step) for step in (span.first, span.last)]
-        mean = schedule.l1_factor_mean(recipe, span.last, text.intermediate_size)
-        lines.append(
-            f"stage    {span.name:<13} steps {span.first}-{span.last}  λ {ends[0]:.4g} -> {ends[1]:.4g} "
-            f"({mean:.4g} x mean |x1|)  lr {schedule.learning_rate(recipe, span.first):.2g} -> "
-            f"{schedule.learning_rate(recipe, span.last):.2g}"
-        )
-    for length, rows in prepared.items():
-        weights = {name: source.weight for name, source in config.data.sources.items()}
-        used = sum(
-            s.stage.steps * schedule.batch_at(recipe, s.first)[0]
-            for s in schedule.spans(recipe)
-            if schedule.batch_at(recipe, s.first)[1] == length
-        )
-        passes = ", ".join(f"{name} {count:.2f}" for name, count in epochs(rows.train, weights, used).items())
-        lines.append(
-            f"text     context {length}: {used:,} rows, epochs: {passes}; held out {len(rows.held_out):,} rows"
-        )
-    lines.append(
-        f"run      {run.run_dir}, "
-        + (f"goes on after step {state.step} of {total}" if state.step else f"{total} steps")
+def _optimizer(config: Train, model: PreTrainedModel) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only; group 0 has it, group 1 (norms, biases) does not."""
+    settings = config.recipe.optimizer
+    groups: tuple[list, list] = ([], [])
+    for parameter in model.parameters():
+        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))  # ds_shape: partitioned by ZeRO-3
+        groups[0 if dimensions >= 2 else 1].append(parameter)
+    decayed: dict[str, Any] = {"params": groups[0]}
+    return torch.optim.AdamW(
+        [decayed, {"params": groups[1], "weight_decay": 0.0}],
+        lr=config.recipe.lr.peak,
+        betas=(settings.betas[0], settings.betas[1]),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=True,
     )
-    return "\n".join(lines)
 
 
-# --- in the loop ------------------------------------------------------------------------------------------------------
-
-
-def _counts(data: Batch) -> list[int]:
-    tokens = data.input_ids.numel() if data.token_mask is None else int(data.token_mask.sum())
-    return [labeled(data.labels), tokens]
-
-
-def _reset(engine: Any) -> None:
-    """Forget AdamW's moments; step counts start over."""
+def _forget_moments(engine: Any) -> None:
+    """Zero AdamW's moments and step counts."""
     for values in engine.optimizer.optimizer.state.values():
         for value in values.values():
             if torch.is_tensor(value):
                 value.zero_()
 
 
-def _mfu(
-    model: PreTrainedModel, base_config: Any, context: int, tokens_per_second: float, world: int, device: torch.device
-) -> float | None:
-    """Model FLOPs utilization: (6N + 12 · layers · hidden · context) FLOPs a token, no causal halving; None on a CPU."""
-    peak = next(
-        (p for n, p in PEAK_FLOPS.items() if device.type == "cuda" and n in torch.cuda.get_device_name(device)), None
-    )
-    if peak is None:
-        return None
-    text = base_config.get_text_config()
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    if not text.tie_word_embeddings:
-        parameters -= text.vocab_size * text.hidden_size
-    flops = 6 * parameters + 12 * text.num_hidden_layers * text.hidden_size * context
-    return flops * tokens_per_second / (peak * world)
+def _counts(data: Batch) -> list[int]:
+    """[labeled tokens, non-padding tokens]"""
+    return [labeled(data.labels), data.input_ids.numel() if data.token_mask is None else int(data.token_mask.sum())]
 
 
-def _memory(device: torch.device) -> int:
-    """Peak bytes of this rank: allocated on the GPU, or resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _skeleton(model: PreTrainedModel, base_config: Any, tokenizer: Any, folder: Path) -> None:
-    """Everything of the model but its weights, so that a checkpoint opens by itself."""
-    base_config.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-# --- after the loop ---------------------------------------------------------------------------------------------------
-
-
-def _gather(engine: Any, rank: int) -> dict[str, torch.Tensor]:
+def _gather(run: Run) -> dict[str, torch.Tensor]:
     """The trained weights on rank 0's CPU, one parameter at a time under ZeRO-3; empty on the other ranks."""
     from deepspeed.runtime.zero import GatheredParameters
 
     weights: dict[str, torch.Tensor] = {}
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in run.engine.module.named_parameters():
         with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            if rank == 0:
+            if run.rank == 0:
                 weights[name] = parameter.detach().cpu().clone()
     return weights
-
-
-def _report(run_dir: Path, report: dict) -> dict[str, Path]:
-    folder = write_report(run_dir, report)
-    return {path.stem: path for path in sorted(folder.glob("*.png"))}
-
-
-def _fairness(control: Control) -> str:
-    if control is Control.silu_continued:
-        return "control silu_continued: the base's own activation, λ 0, the same rows and learning rate: the fair row to compare with"
-    return (
-        "the base model has not been trained on this text and the others have: a ratio to it is no measure of what sparsity "
-        "costs; recipe.control=silu_continued trains the fair row on the same tokens"
-    )
-
-
-def _point(point: Point) -> str:
-    return f"threshold {point.threshold:<10.5g} sparsity {point.sparsity:6.1%}  perplexity {point.perplexity:10.3f}"
-
-
-def _device_name(device: torch.device, world: int) -> str:
-    return f"{world} x {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"{world} CPU rank(s)"
 
 
 def _versions() -> dict[str, str]:

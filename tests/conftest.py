@@ -21,7 +21,9 @@ def tiny_llama(**changes) -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
-    config = LlamaConfig(**(sizes | heads | {"bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": True} | changes))
+    config = LlamaConfig(
+        **(sizes | heads | {"bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": True} | changes)
+    )
     return LlamaForCausalLM(config)
 
 
@@ -30,7 +32,9 @@ def tiny(tmp_path_factory) -> dict[str, Path]:
     """A tiny base model with its tokenizer, and text to train it on: {"model": folder, "text": folder}."""
     root = tmp_path_factory.mktemp("tiny")
     (root / "text").mkdir()
-    words = "a the sparse dense neuron gate layer fires rests counts often never when while because each one two".split()
+    words = (
+        "a the sparse dense neuron gate layer fires rests counts often never when while because each one two".split()
+    )
     for number in range(60):
         lines = [" ".join(words[(i * i + j * (number + 1)) % len(words)] for j in range(12)) + "." for i in range(12)]
         (root / "text" / f"{number:02}.txt").write_text(f"document {number}\n" + "\n".join(lines))
@@ -73,7 +77,14 @@ def tiny_overrides(tiny: dict[str, Path], run_dir: Path) -> list[str]:
 
 def launch(*arguments: str, ranks: int = 2, script: str = "launch/train.py", timeout: int = 240):
     """Start a script through DeepSpeed's own launcher on CPU ranks."""
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port", _port(), script]
+    command = [
+        str(Path(sys.executable).parent / "deepspeed"),
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        _port(),
+        script,
+    ]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout

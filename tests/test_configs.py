@@ -26,7 +26,12 @@ def test_every_experiment_composes(verb, experiment):
 @pytest.mark.parametrize(
     ("group", "choice"),
     [(g, c) for g in ("model", "recipe", "data", "zero", "tracking") for c in choices(g)]
-    + [(f"{g}@recipe.{g}", c) for g in ("activation", "shift") for c in choices(g) if c not in ("silu", "relu2", "shifted_relu")]
+    + [
+        (f"{g}@recipe.{g}", c)
+        for g in ("activation", "shift")
+        for c in choices(g)
+        if c not in ("silu", "relu2", "shifted_relu")
+    ]
     + [("stage@recipe.stages.rise", c) for c in choices("stage")],
 )
 def test_every_choice_of_every_group_composes(group, choice):
@@ -109,7 +114,7 @@ def prosparse(*arguments: str, cwd: Path, **environment: str) -> subprocess.Comp
 
 def test_cfg_shows_what_would_run_and_writes_nothing(tmp_path):
     done = prosparse("train", "--cfg", "job", "--resolve", "--local_rank=0", "experiment=demo", cwd=tmp_path)
-    assert done.returncode == 0 and "factor: 0.7" in done.stdout and list(tmp_path.iterdir()) == []
+    assert done.returncode == 0 and "factor: 0.8" in done.stdout and list(tmp_path.iterdir()) == []
     bad = prosparse("train", "--cfg", "job", "experiment=demo", "micro_batch=0", cwd=tmp_path)
     assert bad.returncode == 2 and "micro_batch is 0" in bad.stderr
 

@@ -78,7 +78,11 @@ def test_wsd_is_flat_until_its_tail():
 
 
 def test_a_stage_that_names_a_learning_rate_opens_a_segment_of_its_own():
-    r = demo("recipe.stages.hold.lr.schedule=constant", "recipe.stages.hold.lr.peak=1e-5", "recipe.stages.hold.lr.warmup_steps=0")
+    r = demo(
+        "recipe.stages.hold.lr.schedule=constant",
+        "recipe.stages.hold.lr.peak=1e-5",
+        "recipe.stages.hold.lr.warmup_steps=0",
+    )
     assert schedule.learning_rate(r, 120) == pytest.approx(3e-5)  # the first segment ended its cosine
     assert [schedule.learning_rate(r, step) for step in (121, 160)] == [1e-5, 1e-5]
 

@@ -26,7 +26,9 @@ def brute_force(model, rows) -> tuple[float, list[float]]:
     for row in rows:
         ids = torch.from_numpy(row.astype(np.int64))[None]
         hidden = []
-        hooks = [layer.mlp.register_forward_pre_hook(lambda m, x, h=hidden: h.append(x[0])) for layer in model.model.layers]
+        hooks = [
+            layer.mlp.register_forward_pre_hook(lambda m, x, h=hidden: h.append(x[0])) for layer in model.model.layers
+        ]
         logits = model(ids).logits[0]
         for hook in hooks:
             hook.remove()

@@ -60,7 +60,9 @@ def explicit(batch: Batch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
 
 
 def main() -> None:
-    config = compose("train", ["experiment=demo", "dtype=fp32", "device=cpu", "threads=1", f"recipe.batch.sequences={SEQUENCES}"])
+    config = compose(
+        "train", ["experiment=demo", "dtype=fp32", "device=cpu", "threads=1", f"recipe.batch.sequences={SEQUENCES}"]
+    )
     rank, world, _ = start_group(config)
     whole = window()
     expected, expected_statistics = explicit(whole)

@@ -53,7 +53,9 @@ def test_a_run_leaves_what_it_promises(runs):
     report = json.loads((folder / "report" / "report.json").read_text())
     assert list(report["models"]) == ["base", "substituted", "trained", "shifted", "exported"]
     assert report["tokens_trained"] == 10 * 4 * 32 and report["seconds"] > 0
-    assert report["models"]["exported"]["perplexity"] == pytest.approx(report["models"]["shifted"]["perplexity"], rel=1e-3)
+    assert report["models"]["exported"]["perplexity"] == pytest.approx(
+        report["models"]["shifted"]["perplexity"], rel=1e-3
+    )
     assert report["models"]["exported"]["sparsity"] == pytest.approx(report["models"]["shifted"]["sparsity"], abs=1e-3)
     assert {path.name for path in (folder / "report").glob("*.png")} == {"training.png", "layers.png", "shift.png"}
     config = json.loads((folder / "model" / "config.json").read_text())
@@ -89,9 +91,15 @@ def test_the_silu_control_trains_the_same_rows_and_is_written_as_its_stock_class
     folder = runs["silu_continued"]
     config = json.loads((folder / "model" / "config.json").read_text())
     assert (config["model_type"], config["hidden_act"]) == ("llama", "silu") and "auto_map" not in config
-    assert list(json.loads((folder / "report" / "report.json").read_text())["models"]) == ["base", "trained", "exported"]
+    assert list(json.loads((folder / "report" / "report.json").read_text())["models"]) == [
+        "base",
+        "trained",
+        "exported",
+    ]
     plain, control = trained(runs["undisturbed"]), trained(folder)
-    assert [(r["lr"], r["tokens"], r["window"]) for r in plain] == [(r["lr"], r["tokens"], r["window"]) for r in control]
+    assert [(r["lr"], r["tokens"], r["window"]) for r in plain] == [
+        (r["lr"], r["tokens"], r["window"]) for r in control
+    ]
     assert all(row["l1_factor"] == 0 for row in control)
 
 
@@ -148,7 +156,9 @@ def test_a_checkpoint_opens_as_a_model_and_exports(runs, tmp_path):
 
 def test_the_verbs_work_on_a_finished_run(runs, tiny, tmp_path):
     text, cache = f"text={tiny['text']}", f"cache={tiny['cache']}"
-    measured = prosparse("measure", f"checkpoint={runs['undisturbed']}", text, cache, "context=32", "held_out=0.2", "threads=1")
+    measured = prosparse(
+        "measure", f"checkpoint={runs['undisturbed']}", text, cache, "context=32", "held_out=0.2", "threads=1"
+    )
     assert measured.returncode == 0, measured.stderr
     result = json.loads(measured.stdout.splitlines()[-1])
     assert len(result["sparsity_by_layer"]) == 3 and result["tokens"] > 0
@@ -171,7 +181,9 @@ def test_torchrun_starts_the_same_entry_and_module_and_plain_runs_go_too(runs, t
     assert done.returncode == 0, done.stderr[-3000:]
     assert trained(tmp_path / "torchrun") == trained(runs["undisturbed"])[:3]
 
-    module = launch("prosparse.cli", "train", *tiny_overrides(tiny, tmp_path / "m"), "until=substitution", script="--module")
+    module = launch(
+        "prosparse.cli", "train", *tiny_overrides(tiny, tmp_path / "m"), "until=substitution", script="--module"
+    )
     assert module.returncode == 0, module.stderr[-3000:]
     assert trained(tmp_path / "m") == trained(runs["undisturbed"])[:3]
 
@@ -203,6 +215,6 @@ def test_what_a_user_can_mend_is_one_line_and_leaves_nothing_half_written(runs, 
         written = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
         assert written == [], (name, written)
     again = prosparse("train", *tiny_overrides(tiny, runs["undisturbed"]), "recipe.stages.hold.l1.factor=0.1")
-    assert again.returncode == 2 and "recipe.stages.hold.l1.factor was 0.7 and is now 0.1" in again.stderr
+    assert again.returncode == 2 and "recipe.stages.hold.l1.factor was 0.8 and is now 0.1" in again.stderr
     never = prosparse("train", *tiny_overrides(tiny, runs["undisturbed"]), "resume=never")
     assert never.returncode == 2 and "resume=never" in never.stderr
