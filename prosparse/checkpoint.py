@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import xxhash
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 ENGINE = "engine"  # the folder (DeepSpeed: tag) of the engine's own files
 T = TypeVar("T")
@@ -69,6 +70,17 @@ def agree(function: Callable[[], T], what: str) -> T:
     return result  # type: ignore[return-value]
 
 
+def claim(run_dir: Path) -> None:
+    """Make the run folder; raises ValueError if it cannot be written."""
+    try:
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"run_dir={run_dir} cannot be written ({error.strerror}): choose a folder that can") from error
+
+
 def same_everywhere(config: Any) -> None:
     """Raise ValueError on every rank unless all of them were started with an equal config."""
     configs = [config]
@@ -98,8 +110,8 @@ def save(
 ) -> Path:
     """Write and commit the checkpoint of `state.step` (all ranks call it), then prune to the `keep` newest.
 
-    `record` goes into the manifest; `write_skeleton(folder)` writes the model's config and tokenizer. The steps: write to
-    step-N.tmp; hash and fsync every file, shared among the ranks; all ranks agree; manifest.json last; rename.
+    `record` goes into the manifest; `write_skeleton(folder)` writes the model's config and tokenizer. The steps: write
+    to step-N.tmp; hash and fsync every file, shared among the ranks; all ranks agree; manifest.json last; rename.
     Raises OSError on all ranks if any rank fails; earlier checkpoints are untouched then.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -171,6 +183,18 @@ def restore(engine: Any, folder: Path) -> dict:
     return manifest
 
 
+def gather(engine: Any) -> dict[str, Tensor]:
+    """The trained weights on rank 0's CPU, one parameter at a time under ZeRO-3; empty on the other ranks."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    weights: dict[str, Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                weights[name] = parameter.detach().cpu().clone()
+    return weights
+
+
 def read_manifest(folder: Path) -> dict:
     """The manifest of a checkpoint folder; raises ValueError if there is none that can be read."""
     try:
@@ -182,7 +206,7 @@ def read_manifest(folder: Path) -> dict:
 
 
 def verify(folder: Path) -> dict:
-    """Check every file of a checkpoint against its manifest, which is returned; raises ValueError naming the first bad one."""
+    """The manifest of a checkpoint, every file checked against it; raises ValueError naming the first bad one."""
     manifest = read_manifest(folder)
     for name, entry in manifest["files"].items():
         path = folder / name

@@ -1,7 +1,7 @@
 """The schema: plain dataclasses that type every key, and their cross-field checks.
 
-In: nothing. Out: `Train`, `Prepare`, `Measure`, `ShiftCheckpoint`, `Export`, the parts they are made of, and `validate`,
-which raises ValueError for whatever a user can mend in a config.
+In: nothing. Out: `Train`, `Prepare`, `Measure`, `ShiftCheckpoint`, `Export`, the parts they are made of, and
+`validate`, which raises ValueError for whatever a user can mend in a config.
 """
 
 from dataclasses import dataclass, field
@@ -430,7 +430,7 @@ def _validate_activation(activation: Activation) -> None:
     name = activation.name
     require(
         activation.threshold == 0 or name in ("fatrelu", "drelu"),
-        f"recipe.activation.threshold is {activation.threshold}, but {name} has none: choose activation=fatrelu or drelu",
+        f"recipe.activation.threshold is {activation.threshold}, but {name} has none: choose fatrelu or drelu",
     )
     require(activation.threshold >= 0, f"recipe.activation.threshold is {activation.threshold}: give 0 or larger")
     require(

@@ -67,8 +67,9 @@ def find_ffns(model: PreTrainedModel) -> dict[str, nn.Module]:
         for child in layer.children()
     )
     raise ValueError(
-        f"{type(model).__name__}: {len(found)} of {layers} layers have an FFN that prosparse knows (gate_proj, up_proj, "
-        f"down_proj); the others are made of {', '.join(sorted(missing))}: choose a model of the Llama, Mistral or Qwen kind"
+        f"{type(model).__name__}: {len(found)} of {layers} layers have an FFN that prosparse knows (gate_proj, "
+        f"up_proj, down_proj); the others are made of {', '.join(sorted(missing))}: choose a model of the Llama, "
+        "Mistral or Qwen kind"
     )
 
 

@@ -1,6 +1,6 @@
 """The L1 penalty on the intermediate, as a gradient, and the statistics that come with it.
 
-In: an intermediate x1 and a `PenaltyContext` for the current micro-batch. Out: x1 itself; backward adds scale · sign(x1).
+In: an intermediate x1 and the `PenaltyContext` of a micro-batch. Out: x1 itself; backward adds scale · sign(x1).
 The penalty is λ · Σ_layers mean(|x1|), the mean over all non-padding tokens of the window and all neurons.
 """
 
@@ -47,7 +47,7 @@ class _InjectL1(torch.autograd.Function):
 
 
 def tally(row: Tensor, x1: Tensor, sign: Tensor, elements: Tensor) -> None:
-    """Add Σ|x1|, non-zeros and elements to one layer's statistics [3]; summed in fp32 over a token's neurons, in fp64 over tokens."""
+    """Add Σ|x1|, non-zeros and elements to one layer's statistics, [3]: summed in fp32 by token, then in fp64."""
     for column, values in ((MAGNITUDE, x1), (NONZERO, sign)):
         row[column] += torch.linalg.vector_norm(values, 1, dim=-1, dtype=torch.float32).sum(dtype=torch.float64)
     row[COUNT] += elements

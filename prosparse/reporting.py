@@ -57,10 +57,13 @@ def table(report: dict[str, Any]) -> str:
 def fairness(control: Control) -> str:
     """What to compare a run's perplexities with."""
     if control is Control.silu_continued:
-        return "control silu_continued: the base's own activation, λ 0, the same rows and learning rate: the fair row to compare with"
+        return (
+            "control silu_continued: the base's own activation, λ 0, the same rows and learning rate; the row that a "
+            "sparse model's cost is measured against"
+        )
     return (
-        "the base model has not been trained on this text and the others have: a ratio to it is no measure of what sparsity "
-        "costs; recipe.control=silu_continued trains the fair row on the same tokens"
+        "the base model has not been trained on this text and the others have: a ratio to it is no measure of what "
+        "sparsity costs; recipe.control=silu_continued trains the fair row on the same tokens"
     )
 
 

@@ -142,8 +142,9 @@ def contexts(recipe: Recipe) -> list[int]:
 def window_rows(recipe: Recipe, step: int, window: int) -> tuple[int, int]:
     """(first row, rows) of the window that trains `step`, as indices into the mixture of the stage's data and context.
 
-    `window` is the number of windows consumed before it; each skipped or dropped one moves the rows on by a whole batch.
-    Stages with the same weights and context read on where the last of them stopped, others start a mixture of their own.
+    `window` is the number of windows consumed before it; each skipped or dropped one moves the rows on by a whole
+    batch. Stages with the same weights and context read on where the last of them stopped, others start a mixture of
+    their own.
     """
     span = stage_at(recipe, step)
     key = (span.stage.data, batch_at(recipe, step)[1])
@@ -172,8 +173,8 @@ def accumulation(sequences: int, micro_batch: int, ranks: int) -> int:
     micro = [m for m in range(1, sequences + 1) if sequences % (m * ranks) == 0]
     others = f", or micro_batch={' or '.join(map(str, micro))}" if micro else ""
     raise ValueError(
-        f"recipe.batch.sequences is {sequences}, which micro_batch {micro_batch} x {ranks} ranks = {whole} does not divide: "
-        f"set recipe.batch.sequences={batches}{others}"
+        f"recipe.batch.sequences is {sequences}, which micro_batch {micro_batch} x {ranks} ranks = {whole} does not "
+        f"divide: set recipe.batch.sequences={batches}{others}"
     )
 
 

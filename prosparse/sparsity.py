@@ -64,7 +64,8 @@ def measure(
 ) -> Measurement:
     """Perplexity and sparsity of `model` on `rows` (each [context]), or on those named by `indices`.
 
-    The intermediate is whatever enters down_proj, so any model whose FFNs are found can be measured, substituted or not.
+    The intermediate is whatever enters down_proj, so any model whose FFNs are found can be measured, substituted or
+    not.
     In a process group every rank has to call it; each measures its share and all return the same result.
     Raises ValueError if there are no rows or the model has no FFN that is known.
     """

@@ -10,6 +10,7 @@ import resource
 import sys
 from collections import deque
 from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from math import isfinite, nan
 from pathlib import Path
 from typing import Any
@@ -125,15 +126,15 @@ def header(
     ranks: int,
     device: torch.device,
 ) -> str:
-    """What is about to run: model, batch arithmetic, stages with λ and learning rate, text; `step`: where it goes on."""
+    """What is about to run: model, batch arithmetic, stages, text; `step` is where it goes on."""
     recipe, neurons = config.recipe, model.config.get_text_config().intermediate_size
     sequences, context = schedule.batch_at(recipe, 1)
     lines = [
         f"model    {config.model.source}: {_parameters(model) / 1e6:,.1f} M parameters, {substitution.layers} FFNs of "
         f"{neurons:,} neurons, {substitution.replaced} -> {substitution.activation}, control {recipe.control}",
-        f"batch    {sequences} rows x {context} tokens = micro_batch {config.micro_batch} x {ranks} ranks x accumulation "
-        f"{schedule.accumulation(sequences, config.micro_batch, ranks)}; {config.dtype}, ZeRO-{config.zero.stage}, "
-        f"{device_name(device, ranks)}, {torch.get_num_threads()} threads a rank",
+        f"batch    {sequences} rows x {context} tokens = micro_batch {config.micro_batch} x {ranks} ranks x "
+        f"accumulation {schedule.accumulation(sequences, config.micro_batch, ranks)}; {config.dtype}, "
+        f"ZeRO-{config.zero.stage}, {device_name(device, ranks)}, {torch.get_num_threads()} threads a rank",
     ]
     passes: dict[tuple[int, str], float] = {}
     weights = {name: source.weight for name, source in config.data.sources.items()}
@@ -161,6 +162,10 @@ def header(
     return "\n".join(lines)
 
 
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("prosparse", "torch", "deepspeed", "transformers", "datasets", "grain")}
+
+
 def device_name(device: torch.device, ranks: int) -> str:
     return f"{ranks} x {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"{ranks} CPU ranks"
 
@@ -175,8 +180,8 @@ def peak_memory(device: torch.device) -> int:
 def mfu(model: PreTrainedModel, context: int, tokens_per_second: float, device: torch.device) -> float | None:
     """Model FLOPs utilization of one device that trains `tokens_per_second`; None where its peak is not known.
 
-    (6N + 12 · layers · hidden · context) FLOPs a token (PaLM, arXiv 2204.02311, appendix B), no causal halving; N without
-    the embeddings unless they are tied.
+    (6N + 12 · layers · hidden · context) FLOPs a token (PaLM, arXiv 2204.02311, appendix B), no causal halving; N
+    without the embeddings unless they are tied.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)

@@ -56,9 +56,9 @@ def shift(
 ) -> Shifted:
     """Shift the threshold of every SparseFFN of `model`, in place; ReLU becomes FATReLU, dReLU is cut on its gate.
 
-    `how.threshold`: that threshold. `how.budget`: the largest one, found by doubling (or halving) from how.start and
-    how.refinements bisections, whose perplexity on `rows` is at most (1 + budget) times that of the model as it came; the
-    model stays as it came if none is. `report` is called with each point. Every rank of a process group has to call it.
+    `how.threshold`: that threshold. `how.budget`: the largest one, found by doubling from how.start and how.refinements
+    bisections, whose perplexity on `rows` is at most (1 + budget) times that of the model as it came; the model stays
+    as it came if none is. `report` is called with each point. Every rank of a process group has to call it.
     Raises ValueError if the model's activation has no threshold.
     """
     first = sparse_ffns(model)[0]

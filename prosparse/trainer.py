@@ -14,7 +14,6 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -208,8 +207,8 @@ class Window:
 def accumulate(engine: Any, context: PenaltyContext, micro_batches: list[Batch], factor: float) -> Window:
     """Forward and backward over this rank's micro-batches of one window, up to but without the last `engine.step()`.
 
-    The gradient is that of mean loss over labeled tokens + factor · Σ_layers mean |x1|, both means over the window of all
-    ranks, however it is split into micro-batches; the engine's division by the rank count is undone here.
+    The gradient is that of mean loss over labeled tokens + factor · Σ_layers mean |x1|, both means over the window of
+    all ranks, however it is split into micro-batches; the engine's division by the rank count is undone here.
     """
     model, world = engine.module, dist.get_world_size()
     counts = torch.tensor([_counts(b) for b in micro_batches], dtype=torch.float64, device=context.scale.device).sum(0)
@@ -238,12 +237,12 @@ def accumulate(engine: Any, context: PenaltyContext, micro_batches: list[Batch],
 
 
 def open_run(config: Train) -> Run:
-    """Everything before the first step: group, folder, text, model, substitution, engine, and the state it goes on from."""
+    """Everything before the first step: group, folder, text, model, substitution, engine, state."""
     rank, world, device = start_group(config)
     import deepspeed
 
     folder, recipe = Path(config.run_dir).expanduser(), config.recipe
-    from_rank_zero(lambda: _claim(folder))
+    from_rank_zero(lambda: checkpoint.claim(folder))
     checkpoint.same_everywhere(config)
     for span in schedule.spans(recipe):
         schedule.accumulation(schedule.batch_at(recipe, span.first)[0], config.micro_batch, world)
@@ -280,7 +279,7 @@ def open_run(config: Train) -> Run:
     run.state = _resume(run)
     if rank == 0:
         plain = json.loads(json.dumps(asdict(config)))
-        text_of_it = yaml.safe_dump(plain | {"versions": _versions()}, sort_keys=False, allow_unicode=True)
+        text_of_it = yaml.safe_dump(plain | {"versions": versions()}, sort_keys=False, allow_unicode=True)
         (folder / "config.yaml").write_text(text_of_it)
         run.metrics = Metrics(folder, run.state.step or -1)
         run.tracker = Tracker(config.tracking, folder, plain, run.state.tracking_id)
@@ -311,7 +310,7 @@ def save(run: Run) -> None:
     record = {
         "identity": _identity(run),
         "activation": dict(zip(("name", "param"), run.activation, strict=True)),
-        "versions": _versions(),
+        "versions": versions(),
     }
 
     def skeleton(folder: Path) -> None:
@@ -341,7 +340,7 @@ def finish(run: Run, started: float) -> dict:
         "device": device_name(run.device, run.world),
         "command": " ".join(sys.argv),
         "control": str(recipe.control),
-        "versions": _versions(),
+        "versions": versions(),
         "notes": [fairness(recipe.control)],
     }
     if schedule.shifts(recipe):
@@ -354,7 +353,7 @@ def finish(run: Run, started: float) -> dict:
         models["shifted"] = evaluate(run, model, "shifted")
     if config.until != "shift":
         activation, generation = activation_of(model), model.generation_config
-        weights = _gather(run)
+        weights = checkpoint.gather(run.engine)
         del model
         run.engine.destroy()
         run.engine = None
@@ -441,16 +440,6 @@ def deepspeed_config(config: Train, world: int) -> dict:
 # --- parts --------------------------------------------------------------------------------------------------
 
 
-def _claim(run_dir: Path) -> None:
-    try:
-        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        probe = run_dir / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"run_dir={run_dir} cannot be written ({error.strerror}): choose a folder that can") from error
-
-
 def _check_shape(config: Train, text_config: Any) -> None:
     for key, wanted in asdict(config.model.shape).items():
         found = getattr(text_config, key, None)
@@ -514,22 +503,6 @@ def _forget_moments(engine: Any) -> None:
 def _counts(data: Batch) -> list[int]:
     """[labeled tokens, non-padding tokens]"""
     return [labeled(data.labels), data.input_ids.numel() if data.token_mask is None else int(data.token_mask.sum())]
-
-
-def _gather(run: Run) -> dict[str, torch.Tensor]:
-    """The trained weights on rank 0's CPU, one parameter at a time under ZeRO-3; empty on the other ranks."""
-    from deepspeed.runtime.zero import GatheredParameters
-
-    weights: dict[str, torch.Tensor] = {}
-    for name, parameter in run.engine.module.named_parameters():
-        with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            if run.rank == 0:
-                weights[name] = parameter.detach().cpu().clone()
-    return weights
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("prosparse", "torch", "deepspeed", "transformers", "datasets", "grain")}
 
 
 def _close(run: Run, images: dict[str, Path]) -> None:

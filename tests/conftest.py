@@ -32,9 +32,22 @@ def tiny(tmp_path_factory) -> dict[str, Path]:
     """A tiny base model with its tokenizer, and text to train it on: {"model": folder, "text": folder}."""
     root = tmp_path_factory.mktemp("tiny")
     (root / "text").mkdir()
-    words = (
-        "a the sparse dense neuron gate layer fires rests counts often never when while because each one two".split()
-    )
+    words = [
+        "a",
+        "the",
+        "sparse",
+        "dense",
+        "neuron",
+        "gate",
+        "layer",
+        "fires",
+        "rests",
+        "counts",
+        "often",
+        "never",
+        "when",
+        "while",
+    ]
     for number in range(60):
         lines = [" ".join(words[(i * i + j * (number + 1)) % len(words)] for j in range(12)) + "." for i in range(12)]
         (root / "text" / f"{number:02}.txt").write_text(f"document {number}\n" + "\n".join(lines))

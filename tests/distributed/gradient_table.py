@@ -1,7 +1,7 @@
 """Every cell of the gradient table on this group of ranks; rank 0 prints {cell: largest relative difference} as JSON.
 
-Each cell trains one window through the trainer's own `accumulate` and compares every parameter's gradient with that of an
-explicit loss, mean cross-entropy + λ · Σ_layers mean |x1|, computed by plain torch in fp64 on the whole window.
+Each cell trains one window through the trainer's own `accumulate` and compares every parameter's gradient with that of
+an explicit loss, mean cross-entropy + λ · Σ_layers mean |x1|, computed by plain torch in fp64 on the whole window.
 """
 
 import itertools
