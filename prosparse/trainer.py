@@ -43,6 +43,7 @@ from prosparse.telemetry import (
     peak_memory,
     progress_line,
     read_metrics,
+    versions,
 )
 from prosparse.threshold import shift
 
@@ -366,9 +367,9 @@ def finish(run: Run, started: float) -> dict:
         models["exported"] = evaluate(run, load_model(target, dtype=dtype, device=run.device), "exported")
     report["seconds"] = time.time() - started
     folder = from_rank_zero(lambda: write_report(run.folder, report))
-    run.say(
-        f"\n{table(report)}\n\nreport: {folder}" + (f"   model: {run.folder / 'model'}" if "export" in report else "")
-    )
+    run.say(f"\n{table(report)}\n\nreport: {folder}")
+    if "export" in report:
+        run.say(f"model: {run.folder / 'model'}")
     _close(run, {path.stem: path for path in sorted(folder.glob("*.png"))})
     return report
 
@@ -396,12 +397,8 @@ def start_group(config: Train) -> tuple[int, int, torch.device]:
     deepspeed.utils.logger.setLevel("WARNING")
     transformers_logging.set_verbosity_error()
     world, local = int(environment["WORLD_SIZE"]), int(environment["LOCAL_RANK"])
-    here = int(
-        environment.get("LOCAL_WORLD_SIZE")
-        or environment.get("LOCAL_SIZE")
-        or environment.get("SLURM_NTASKS_PER_NODE")
-        or world
-    )
+    local_sizes = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")  # torchrun, DeepSpeed, Slurm
+    here = next((int(environment[name]) for name in local_sizes if name in environment), world)
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // here))
     torch.manual_seed(config.seed)
     if not cuda and hasattr(libc := ctypes.CDLL(None), "mallopt"):
@@ -417,7 +414,7 @@ def start_group(config: Train) -> tuple[int, int, torch.device]:
 
 def deepspeed_config(config: Train, world: int) -> dict:
     """DeepSpeed's config, derived from the typed keys; raises ValueError for a zero.extra key that contradicts one."""
-    recipe, zero = config.recipe, config.zero
+    recipe, zero, sequences = config.recipe, config.zero, schedule.batch_at(config.recipe, 1)[0]
     overlap = zero.overlap_comm if zero.overlap_comm is not None else (None if zero.stage == 3 else False)
     own = {"stage": zero.stage} | ({} if overlap is None else {"overlap_comm": overlap})
     for key in zero.extra:
@@ -425,9 +422,7 @@ def deepspeed_config(config: Train, world: int) -> dict:
             raise ValueError(f"zero.extra.{key} contradicts zero.{key}: set zero.{key} instead")
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch,
-        "gradient_accumulation_steps": schedule.accumulation(
-            schedule.batch_at(recipe, 1)[0], config.micro_batch, world
-        ),
+        "gradient_accumulation_steps": schedule.accumulation(sequences, config.micro_batch, world),
         "bf16": {"enabled": config.dtype is Dtype.bf16},
         "data_types": {"grad_accum_dtype": "fp32"},
         "gradient_clipping": recipe.optimizer.clip,
@@ -437,16 +432,14 @@ def deepspeed_config(config: Train, world: int) -> dict:
     }
 
 
-# --- parts --------------------------------------------------------------------------------------------------
+# --- parts ------------------------------------------------------------------------------------------------------------
 
 
 def _check_shape(config: Train, text_config: Any) -> None:
     for key, wanted in asdict(config.model.shape).items():
         found = getattr(text_config, key, None)
         if wanted is not None and wanted != found:
-            raise ValueError(
-                f"model.shape.{key} is {wanted}, but {config.model.source} has {found}: mend the model's config"
-            )
+            raise ValueError(f"model.shape.{key} is {wanted}, but {config.model.source} has {found}: mend one of them")
 
 
 def _identity(run: Run) -> dict:

@@ -40,6 +40,7 @@ def runs(tiny, tmp_path_factory) -> dict[str, Path]:
         "zero3": ["zero=zero3", *quick],
         "split": ["micro_batch=2", *quick],
         "silu_continued": ["recipe.control=silu_continued", *quick],
+        "reset": ["recipe.stages.rise.reset_optimizer=true", "until=rise", *quick],
         "drelu": ["activation@recipe.activation=drelu", "dtype=fp32", "checkpointing=reentrant", *quick],
     }
     trainings = [[*tiny_overrides(tiny, root / name), *extra] for name, extra in plans.items()]
@@ -85,6 +86,11 @@ def test_zero_stages_and_micro_batches_train_the_same_model(runs):
         assert values == pytest.approx(losses["undisturbed"], rel=3e-3), name
     for name in ("zero1", "zero3"):
         assert (runs[name] / "model" / "config.json").is_file()
+
+
+def test_a_stage_may_start_with_a_new_optimizer(runs):
+    plain, reset = ([row["loss"] for row in trained(runs[name])] for name in ("undisturbed", "reset"))
+    assert plain[:4] == reset[:4] and plain[4] != reset[4]
 
 
 def test_the_silu_control_trains_the_same_rows_and_is_written_as_its_stock_class(runs):
