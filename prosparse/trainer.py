@@ -280,8 +280,7 @@ def open_run(config: Train) -> Run:
     run.state = _resume(run)
     if rank == 0:
         plain = json.loads(json.dumps(asdict(config)))
-        text_of_it = yaml.safe_dump(plain | {"versions": versions()}, sort_keys=False, allow_unicode=True)
-        (folder / "config.yaml").write_text(text_of_it)
+        (folder / "config.yaml").write_text(yaml.safe_dump(plain | {"versions": versions()}, sort_keys=False))
         run.metrics = Metrics(folder, run.state.step or -1)
         run.tracker = Tracker(config.tracking, folder, plain, run.state.tracking_id)
         run.state.tracking_id = run.tracker.id
@@ -328,8 +327,8 @@ def save(run: Run) -> None:
 def finish(run: Run, started: float) -> dict:
     """After the last step: shift, export, report (all ranks call it)."""
     config, recipe, state, model = run.config, run.config.recipe, run.state, run.engine.module
-    logged = from_rank_zero(lambda: read_metrics(run.folder))
-    earlier = {row["model"]: row for row in logged if row["kind"] == "evaluation"}
+    logged = from_rank_zero(lambda: [row for row in read_metrics(run.folder) if row["kind"] == "evaluation"])
+    earlier = {row["model"]: row for row in logged}
     models = {name: earlier[name] for name in ("base", "substituted") if name in earlier}
     models["trained"] = evaluate(run, model, "trained")
     report: dict[str, Any] = {
@@ -348,9 +347,8 @@ def finish(run: Run, started: float) -> dict:
         unread = sum(schedule.window_rows(recipe, state.step, state.window - 1))
         rows = [run.rows(state.step)[unread + i] for i in range(recipe.shift.calibration_rows)]
         run.say(f"shifting the threshold on {len(rows)} training rows that were not read")
-        report["shift"] = shift(
-            model, rows, recipe.shift, batch=config.micro_batch, report=lambda point: run.say(str(point))
-        ).to_dict()
+        shifted = shift(model, rows, recipe.shift, batch=config.micro_batch, report=lambda p: run.say(str(p)))
+        report["shift"] = shifted.to_dict()
         models["shifted"] = evaluate(run, model, "shifted")
     if config.until != "shift":
         activation, generation = activation_of(model), model.generation_config
@@ -396,7 +394,7 @@ def start_group(config: Train) -> tuple[int, int, torch.device]:
 
     deepspeed.utils.logger.setLevel("WARNING")
     transformers_logging.set_verbosity_error()
-    world, local = int(environment["WORLD_SIZE"]), int(environment["LOCAL_RANK"])
+    world = int(environment["WORLD_SIZE"])
     local_sizes = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")  # torchrun, DeepSpeed, Slurm
     here = next((int(environment[name]) for name in local_sizes if name in environment), world)
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // here))
@@ -405,7 +403,7 @@ def start_group(config: Train) -> tuple[int, int, torch.device]:
         # Keep freed tensors in the process: glibc would hand each back to the kernel and fault it in again next time.
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    device = torch.device("cuda", int(environment["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=timedelta(hours=2), verbose=False)
@@ -470,13 +468,13 @@ def _resume(run: Run) -> TrainState:
 def _optimizer(config: Train, model: PreTrainedModel) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only; group 0 has it, group 1 (norms, biases) does not."""
     settings = config.recipe.optimizer
-    groups: tuple[list, list] = ([], [])
+    groups: tuple[list[Any], list[Any]] = ([], [])
     for parameter in model.parameters():
         dimensions = len(getattr(parameter, "ds_shape", parameter.shape))  # ds_shape: partitioned by ZeRO-3
         groups[0 if dimensions >= 2 else 1].append(parameter)
-    decayed: dict[str, Any] = {"params": groups[0]}
+    options: list[dict[str, Any]] = [{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}]
     return torch.optim.AdamW(
-        [decayed, {"params": groups[1], "weight_decay": 0.0}],
+        options,
         lr=config.recipe.lr.peak,
         betas=(settings.betas[0], settings.betas[1]),
         eps=settings.eps,
