@@ -327,9 +327,8 @@ def save(run: Run) -> None:
 def finish(run: Run, started: float) -> dict:
     """After the last step: shift, export, report (all ranks call it)."""
     config, recipe, state, model = run.config, run.config.recipe, run.state, run.engine.module
-    logged = from_rank_zero(lambda: [row for row in read_metrics(run.folder) if row["kind"] == "evaluation"])
-    earlier = {row["model"]: row for row in logged}
-    models = {name: earlier[name] for name in ("base", "substituted") if name in earlier}
+    logged = from_rank_zero(lambda: read_metrics(run.folder))
+    models = {row["model"]: row for row in logged if row.get("model") in ("base", "substituted")}
     models["trained"] = evaluate(run, model, "trained")
     report: dict[str, Any] = {
         "models": models,

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, launch, metrics, prosparse, tiny_overrides
+from conftest import ROOT, launch, metrics, prosparse, tiny_llama, tiny_overrides
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 BITWISE = ("step", "window", "stage", "tokens", "loss", "l1", "l1_factor", "lr", "sparsity_by_layer", "grad_norm")
 
@@ -202,25 +203,43 @@ def test_torchrun_starts_the_same_entry_and_module_and_plain_runs_go_too(runs, t
 
 
 def test_what_a_user_can_mend_is_one_line_and_leaves_nothing_half_written(runs, tiny, tmp_path):
-    short = tmp_path / "short.txt"
-    short.write_text("too short")
+    (tmp_path / "short.txt").write_text("too short")
+    AutoTokenizer.from_pretrained(tiny["model"]).save_pretrained(tmp_path / "gpt2")
+    GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=300)).save_pretrained(tmp_path / "gpt2")
+    AutoTokenizer.from_pretrained(tiny["model"]).save_pretrained(tmp_path / "small")
+    tiny_llama(vocab_size=100).save_pretrained(tmp_path / "small")
     cases = {
         "rows": (["recipe.batch.sequences=5", "micro_batch=2"], "recipe.batch.sequences is 5"),
         "file": (["data.sources.files.path=/no/such/file"], "data.sources.files"),
         "model": (["model.source=/no/such/model"], "/no/such/model"),
-        "short": ([f"data.sources.files.path={short}"], "data."),
+        "short": ([f"data.sources.files.path={tmp_path / 'short.txt'}"], "data."),
         "shape": (["model.shape.hidden_size=64"], "model.shape.hidden_size is 64"),
+        "ffn": ([f"model.source={tmp_path / 'gpt2'}"], "GPT2MLP"),
+        "vocabulary": ([f"model.source={tmp_path / 'small'}"], "set data.tokenizer"),
         "must": (["resume=must"], "resume=must"),
+        "path": ([f"resume={tmp_path / 'none'}"], "is no complete checkpoint"),
         "zero": (["+zero.extra.stage=3"], "zero.extra.stage"),
         "gpu": (["device=cuda"], "device is cuda"),
+        "unwritable": (["run_dir=/proc/run"], "run_dir=/proc/run cannot be written"),
     }
-    for name, (overrides, message) in cases.items():
-        done = prosparse("train", *tiny_overrides(tiny, tmp_path / name), *overrides)
-        line = done.stderr.strip().splitlines()[-1]
-        assert done.returncode == 2 and line.startswith("prosparse train: ") and message in line, (name, done.stderr)
-        written = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
-        assert written == [], (name, written)
-    again = prosparse("train", *tiny_overrides(tiny, runs["undisturbed"]), "recipe.stages.hold.l1.factor=0.1")
-    assert again.returncode == 2 and "recipe.stages.hold.l1.factor was 0.8 and is now 0.1" in again.stderr
-    never = prosparse("train", *tiny_overrides(tiny, runs["undisturbed"]), "resume=never")
-    assert never.returncode == 2 and "resume=never" in never.stderr
+    calls = {name: [*tiny_overrides(tiny, tmp_path / name), *overrides] for name, (overrides, _) in cases.items()}
+    finished = runs["undisturbed"]
+    calls["other"] = [*tiny_overrides(tiny, finished), "recipe.stages.hold.l1.factor=0.1"]
+    calls["never"] = [*tiny_overrides(tiny, finished), "resume=never"]
+    calls["ranks"] = tiny_overrides(tiny, finished)
+    expected = {name: message for name, (_, message) in cases.items()} | {
+        "other": "recipe.stages.hold.l1.factor was 0.8 and is now 0.1",
+        "never": "resume=never",
+        "ranks": "was written by 2 ranks and this run has 1",
+    }
+    before = sorted(finished.rglob("*"))
+    command = [sys.executable, "tests/distributed/bad_inputs.py", json.dumps(calls)]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
+    answers = json.loads(done.stdout.splitlines()[-1])
+    for name, message in expected.items():
+        code, error = answers[name]
+        last = error.strip().splitlines()[-1]
+        assert code == 2 and last.startswith("prosparse train: ") and message in last, (name, answers[name])
+        assert [path for path in (tmp_path / name).rglob("*") if path.is_file()] == [], name
+    assert sorted(finished.rglob("*")) == before
