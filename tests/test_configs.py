@@ -114,7 +114,7 @@ def prosparse(*arguments: str, cwd: Path, **environment: str) -> subprocess.Comp
 
 def test_cfg_shows_what_would_run_and_writes_nothing(tmp_path):
     done = prosparse("train", "--cfg", "job", "--resolve", "--local_rank=0", "experiment=demo", cwd=tmp_path)
-    assert done.returncode == 0 and "factor: 0.8" in done.stdout and list(tmp_path.iterdir()) == []
+    assert done.returncode == 0 and "factor: 0.75" in done.stdout and list(tmp_path.iterdir()) == []
     bad = prosparse("train", "--cfg", "job", "experiment=demo", "micro_batch=0", cwd=tmp_path)
     assert bad.returncode == 2 and "micro_batch is 0" in bad.stderr
 

@@ -11,7 +11,8 @@ def recipe(*overrides: str):
 
 
 def demo(*overrides: str):
-    return compose("train", ["experiment=demo", *overrides]).recipe
+    steps = [f"recipe.stages.{name}.steps={n}" for name, n in (("substitution", 50), ("rise", 70), ("hold", 40))]
+    return compose("train", ["experiment=demo", *steps, *overrides]).recipe
 
 
 @pytest.mark.parametrize(

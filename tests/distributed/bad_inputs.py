@@ -1,4 +1,4 @@
-"""Calls of `prosparse train` in one process. argv[1]: {name: overrides}; prints {name: [exit code, stderr]}, both JSON."""
+"""Calls of `prosparse train` in one process: argv[1] maps names to overrides; prints {name: [exit code, stderr]}."""
 
 import io
 import json

@@ -228,7 +228,7 @@ def test_what_a_user_can_mend_is_one_line_and_leaves_nothing_half_written(runs, 
     calls["never"] = [*tiny_overrides(tiny, finished), "resume=never"]
     calls["ranks"] = tiny_overrides(tiny, finished)
     expected = {name: message for name, (_, message) in cases.items()} | {
-        "other": "recipe.stages.hold.l1.factor was 0.8 and is now 0.1",
+        "other": "recipe.stages.hold.l1.factor was 0.75 and is now 0.1",
         "never": "resume=never",
         "ranks": "was written by 2 ranks and this run has 1",
     }
