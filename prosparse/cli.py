@@ -58,7 +58,7 @@ def compose(verb: str, overrides: Sequence[str] = (), config_dir: str | None = N
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    given = _without_local_rank(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         print(USAGE, file=sys.stderr)
         return 0 if given else 2
@@ -234,16 +234,18 @@ def _compose_raw(verb: str, overrides: Sequence[str], config_dir: str | None) ->
         raise ValueError(_one_line(error)) from error
 
 
+def _without_local_rank(arguments: Sequence[str]) -> list[str]:
+    """Drop what DeepSpeed's launcher puts before everything else; LOCAL_RANK says the same."""
+    return [argument for argument in arguments if not re.match(r"--local[_-]rank=", argument)]
+
+
 def _split(arguments: list[str]) -> tuple[list[str], list[str], str | None]:
-    """(Hydra's flags, overrides, config folder); a launcher's --local_rank is dropped."""
+    """(Hydra's flags, overrides, config folder)"""
     flags, overrides, config_dir = [], [], None
     rest = iter(arguments)
     for argument in rest:
         name, _, value = argument.partition("=")
-        if name in ("--local_rank", "--local-rank"):
-            if not value:
-                next(rest, None)
-        elif name in ("--config-dir", "-cd"):
+        if name in ("--config-dir", "-cd"):
             config_dir = value or next(rest, "")
         elif name in ("--cfg", "-c", "--package", "-p") and not value:
             flags += [argument, next(rest, "job")]
