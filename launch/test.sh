@@ -8,7 +8,7 @@ part() {
     "$@" || { echo "$name failed" >&2; exit 1; }
     echo "--- $name: $((SECONDS - began)) s"
 }
-export DS_ACCELERATOR=${DS_ACCELERATOR:-$(command -v nvidia-smi >/dev/null && echo cuda || echo cpu)}
+export DS_ACCELERATOR=cpu # the ranks of these tests share one machine, GPUs or not
 part format ruff format --check .
 part lint ruff check .
 part types mypy

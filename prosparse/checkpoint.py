@@ -6,12 +6,14 @@ is written last, names every file with size and digest, and becomes visible by o
 
 import json
 import os
+import re
 import shutil
 import sys
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,8 +21,10 @@ import xxhash
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from prosparse.group import agree, from_rank_zero, together
+
 ENGINE = "engine"  # the folder (DeepSpeed: tag) of the engine's own files
-T = TypeVar("T")
+NAME = re.compile(r"step-\d{8}")
 
 
 @dataclass
@@ -37,59 +41,30 @@ class TrainState:
     tracking_id: str | None = None
 
 
-def from_rank_zero(function: Callable[[], T]) -> T:
-    """Run `function` on rank 0 and give every rank its result, or every rank its ValueError or OSError."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return function()
-    answer: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            answer[0] = function()
-        except (ValueError, OSError) as error:
-            answer[1] = error
-    dist.broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
-
-
-def agree(function: Callable[[], T], what: str) -> T:
-    """Run `function` on every rank; if it fails on any, raise OSError that names the rank and reason on all."""
-    result, error = None, None
-    try:
-        result = function()
-    except Exception as failure:  # any failure of one rank has to reach the others, or they wait for ever
-        error = f"{type(failure).__name__}: {failure}"
-    errors = [error]
-    if dist.is_initialized():
-        errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
-    for rank, reason in enumerate(errors):
-        if reason is not None:
-            raise OSError(f"{what} failed on rank {rank}: {reason}")
-    return result  # type: ignore[return-value]
-
-
 def claim(run_dir: Path) -> None:
-    """Make the run folder; raises ValueError if it cannot be written."""
+    """Make the run folder (all ranks call it); raises ValueError unless rank 0 can write it and every rank sees it."""
+    probe = run_dir / ".probe"
+
+    def write() -> str:
+        try:
+            (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+            probe.write_text(token := uuid.uuid4().hex)
+            return token
+        except OSError as error:
+            raise ValueError(
+                f"run_dir={run_dir} cannot be written ({error.strerror}): choose a folder that can"
+            ) from error
+
+    def look() -> None:
+        if not probe.is_file() or probe.read_text() != token:
+            raise ValueError(f"run_dir={run_dir} is not the folder that rank 0 sees: choose one that all hosts share")
+
+    token = from_rank_zero(write)
     try:
-        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        probe = run_dir / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"run_dir={run_dir} cannot be written ({error.strerror}): choose a folder that can") from error
-
-
-def same_everywhere(config: Any) -> None:
-    """Raise ValueError on every rank unless all of them were started with an equal config."""
-    configs = [config]
-    if dist.is_initialized():
-        configs = [None] * dist.get_world_size()
-        dist.all_gather_object(configs, config)
-    odd = [rank for rank, other in enumerate(configs) if other != configs[0]]
-    if odd:
-        raise ValueError(f"the config of rank {odd[0]} is not that of rank 0: start every rank with the same overrides")
+        agree(look)
+    finally:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            probe.unlink()
 
 
 def difference(old: Any, new: Any, path: str = "") -> str | None:
@@ -112,17 +87,14 @@ def save(
 
     `record` goes into the manifest; `write_skeleton(folder)` writes the model's config and tokenizer. The steps: write
     to step-N.tmp; hash and fsync every file, shared among the ranks; all ranks agree; manifest.json last; rename.
-    Raises OSError on all ranks if any rank fails; earlier checkpoints are untouched then.
+    If a rank cannot write, the run ends with its reason; earlier checkpoints are untouched then.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     final = run_dir / "checkpoints" / f"step-{state.step:08d}"
     temporary = final.with_suffix(".tmp")
-    if from_rank_zero(lambda: (final / "manifest.json").exists()):
-        return final
 
     def start() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(final, ignore_errors=True)
         temporary.mkdir(parents=True)
 
     def write() -> None:
@@ -134,9 +106,8 @@ def save(
         if rank == 0:
             write_skeleton(temporary / "skeleton")
 
-    def hash_share() -> dict[str, dict]:
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        return {str(path.relative_to(temporary)): _digest(path, flush=True) for path in files[rank::world]}
+    def written() -> list[str]:
+        return sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file())
 
     def commit(files: dict[str, dict]) -> None:
         manifest = {"format": 1, "state": asdict(state), "ranks": world, **record, "files": dict(sorted(files.items()))}
@@ -150,8 +121,9 @@ def save(
         _prune(run_dir, keep)
 
     from_rank_zero(start)
-    agree(write, f"saving {final}")
-    share = agree(hash_share, f"saving {final}")
+    together(write, f"saving {final}")
+    files = from_rank_zero(written)[rank::world]
+    share = agree(lambda: {name: _digest(temporary / name, flush=True) for name in files})
     shares: list[dict] = [share]
     if dist.is_initialized():
         shares = [{} for _ in range(world)]
@@ -179,8 +151,17 @@ def restore(engine: Any, folder: Path) -> dict:
         if torch.cuda.is_available() and "cuda" in generators:
             torch.cuda.set_rng_state(generators["cuda"])
 
-    agree(load, f"loading {folder}")
+    together(load, f"loading {folder}")
     return manifest
+
+
+def supersede(run_dir: Path, step: int) -> None:
+    """Set aside every checkpoint of a later step than the one a run goes on from, as step-N.superseded."""
+    for folder in (run_dir / "checkpoints").glob("step-*"):
+        if NAME.fullmatch(folder.name) and int(folder.name[5:]) > step:
+            aside = folder.with_suffix(".superseded")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
 
 
 def gather(engine: Any) -> dict[str, Tensor]:
@@ -230,7 +211,7 @@ def find(run_dir: Path) -> Path | None:
 
 def _complete(run_dir: Path) -> list[Path]:
     folders = (run_dir / "checkpoints").glob("step-*")
-    return sorted((f for f in folders if f.suffix != ".tmp" and (f / "manifest.json").is_file()), reverse=True)
+    return sorted((f for f in folders if NAME.fullmatch(f.name) and (f / "manifest.json").is_file()), reverse=True)
 
 
 def _prune(run_dir: Path, keep: int) -> None:

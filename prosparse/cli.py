@@ -4,7 +4,7 @@ In: Hydra overrides. Out: the verb's result, as JSON on the last line of stdout 
 Hydra and OmegaConf live here only. Exit codes: 0 done, 1 failed, 2 the user's input.
 """
 
-import json
+import itertools
 import os
 import re
 import sys
@@ -19,6 +19,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -63,26 +64,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(USAGE, file=sys.stderr)
         return 0 if given else 2
     verb, *rest = given
-    speaks = int(os.environ.get("RANK", "0")) == 0
+    speaks = running = False
     try:
+        speaks = int(os.environ.get("RANK", "0")) == 0
         if verb not in SCHEMAS:
             raise ValueError(f"no such verb: {verb}; choose {', '.join(SCHEMAS)}")
         flags, overrides, config_dir = _split(rest)
         if flags:
             return _run_hydra(verb, flags, overrides, config_dir)
-        result = RUN[verb](compose(verb, overrides, config_dir))
-    except ValueError as error:
-        if speaks:
-            print(f"prosparse {verb}: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"prosparse {verb}: {error}", file=sys.stderr)
-        return 1
+        config = compose(verb, overrides, config_dir)
+        running = True
+        result = RUN[verb](config)
+    except (ValueError, OSError) as error:
+        # Every rank composes the same config, and errors that the ranks share are marked: one of them tells those.
+        if speaks or (running and not getattr(error, "shared", False)):
+            print(f"prosparse {verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
     except Exception:
         traceback.print_exc()
         return 1
     if "WORLD_SIZE" not in os.environ or os.environ["WORLD_SIZE"] == "1":
-        print(json.dumps(result))
+        _print_result(result)
     return 0
 
 
@@ -101,10 +103,10 @@ def _prepare(config: schema.Prepare) -> dict:
     from prosparse.models.load import load_config, load_tokenizer
 
     model = config.model
-    tokenizer = load_tokenizer(config.data.tokenizer or model.source, trust_remote_code=model.trust_remote_code)
-    vocabulary = load_config(
-        model.source, revision=model.revision, trust_remote_code=model.trust_remote_code
-    ).vocab_size
+    opening: dict = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    own = config.data.tokenizer
+    tokenizer = load_tokenizer(own) if own else load_tokenizer(model.source, **opening)
+    vocabulary = load_config(model.source, **opening).get_text_config().vocab_size
     prepared = prepare(config.data, tokenizer, schedule.contexts(config.recipe), vocabulary)
     return {
         str(context): {"digest": made.digest, "fingerprint": made.fingerprint, "sources": made.manifests}
@@ -115,6 +117,7 @@ def _prepare(config: schema.Prepare) -> dict:
 def _measure(config: schema.Measure) -> dict:
     from prosparse.sparsity import measure, spread
 
+    out = _claim(config.out)
     model, tokenizer = _open(config)
     rows = _rows(config, tokenizer, config.held_out)
     result = asdict(measure(model, rows, batch=config.batch, indices=spread(len(rows), config.rows)))
@@ -123,11 +126,10 @@ def _measure(config: schema.Measure) -> dict:
         "text": config.text,
         "held_out": config.held_out,
         "context": config.context,
-        "dtype": str(config.dtype),
-        "device": str(model.device),
+        **_conditions(config, model),
     }
-    if config.out is not None:
-        _write_result(Path(config.out), result)
+    if out is not None:
+        _write_result(out, result)
     print(
         f"perplexity {result['perplexity']:.3f}  sparsity {result['sparsity']:.2%}  on {result['tokens']:,} tokens",
         file=sys.stderr,
@@ -151,7 +153,7 @@ def _shift(config: schema.ShiftCheckpoint) -> dict:
         "text": config.text
     }
     result = export_hf_model(model, tokenizer, config.out, _dtype(config.dtype)) | {"shift": shifted}
-    _write_result(Path(config.out), result)  # over the export's own, which it contains
+    _write_result(Path(config.out).expanduser(), result)  # over the export's own, which it contains
     return result
 
 
@@ -207,9 +209,30 @@ def _dtype(dtype: schema.Dtype) -> Any:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
 
 
+def _conditions(config: schema.Measure | schema.ShiftCheckpoint, model: Any) -> dict:
+    return {"dtype": str(config.dtype), "device": str(model.device), "command": " ".join(sys.argv)}
+
+
+def _claim(out: str | None) -> Path | None:
+    if out is None:
+        return None
+    try:
+        (folder := Path(out).expanduser()).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out={out} cannot be written ({error.strerror}): choose a folder that can") from error
+    return folder
+
+
 def _write_result(folder: Path, result: dict) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    from prosparse.telemetry import strict_json, write_atomically
+
+    write_atomically(folder / "result.json", strict_json(result, indent=1) + "\n")
+
+
+def _print_result(result: dict) -> None:
+    from prosparse.telemetry import strict_json
+
+    print(strict_json(result), flush=True)
 
 
 # --- Hydra ------------------------------------------------------------------------------------------------------------
@@ -257,35 +280,48 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str], str | None]:
 
 
 def _run_hydra(verb: str, flags: list[str], overrides: list[str], config_dir: str | None) -> int:
-    """What Hydra's own command line does: --cfg, --info, --help, --multirun."""
+    """--multirun, and what Hydra's own command line shows: --cfg, --info, --help."""
     if "--multirun" in flags or "-m" in flags:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError(
-                "--multirun under a launcher would start each run inside every rank: use a shell loop instead"
-            )
-    else:
-        raw = _compose_raw(verb, overrides, config_dir)
-        if not OmegaConf.missing_keys(raw):
-            _checked(raw)
+        return _run_several(verb, overrides, config_dir)
+    raw = _compose_raw(verb, overrides, config_dir)
+    if not OmegaConf.missing_keys(raw):
+        _checked(raw)
     _register()
     GlobalHydra.instance().clear()
     folder = ["--config-dir", str(Path(config_dir).expanduser().resolve())] if config_dir is not None else []
     sys.argv = [f"prosparse {verb}", *flags, *folder, *map(_quote, overrides)]
+    hydra.main(config_path="pkg://prosparse.configs", config_name=verb, version_base="1.3")(lambda raw: None)()
+    return 0
 
-    @hydra.main(config_path="pkg://prosparse.configs", config_name=verb, version_base="1.3")
-    def task(raw: Any) -> None:
-        print(json.dumps(RUN[verb](_checked(raw))))
 
-    task()
+def _run_several(verb: str, overrides: list[str], config_dir: str | None) -> int:
+    """One run after the other for every combination of `key=a,b`; all of them are checked before the first starts."""
+    if max(int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "SLURM_NTASKS")) > 1:
+        raise ValueError("--multirun under a launcher would start each run inside every rank: use a shell loop instead")
+    try:
+        parsed = OverridesParser.create().parse_overrides([_quote(override) for override in overrides])
+    except HydraException as error:
+        raise ValueError(_one_line(error)) from error
+    choices = [
+        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
+        if o.is_sweep_override()
+        else [str(o.input_line)]
+        for o in parsed
+    ]
+    configs = [compose(verb, list(combination), config_dir) for combination in itertools.product(*choices)]
+    for config in configs:
+        _print_result(RUN[verb](config))
     return 0
 
 
 def _quote(override: str) -> str:
     """Quote a free-text value that Hydra's grammar would stumble over."""
     match = FREE_TEXT.match(override)
-    if match is None or re.fullmatch(r"[\w./~-]*", value := override[match.end() :]) or value[:1] in "'\"":
+    if match is None or re.fullmatch(r"[\w./-]*", value := override[match.end() :]) or value[:1] in "'\"":
         return override
-    return match.group(0) + "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    # Inside quotes a backslash is itself, except before a quote.
+    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)
+    return f"{match.group(0)}'{escaped}'"
 
 
 def _checked(raw: Any) -> Any:

@@ -4,11 +4,12 @@ In: nothing. Out: `Train`, `Prepare`, `Measure`, `ShiftCheckpoint`, `Export`, th
 `validate`, which raises ValueError for whatever a user can mend in a config.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from math import isfinite
 from typing import Any
 
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 MISSING: Any = "???"  # OmegaConf's mark for a value that has to be given
 
 
@@ -345,6 +346,11 @@ def validate(config: Any) -> None:
         require(0 < config.held_out < 1, f"held_out is {config.held_out}: give a share between 0 and 1, or null")
 
 
+def merged_lr(lr: Lr, own: StageLr) -> Lr:
+    """The recipe's learning rate with what a stage changes of it."""
+    return replace(lr, **{f.name: value for f in fields(own) if (value := getattr(own, f.name)) is not None})
+
+
 def validate_recipe(recipe: Recipe) -> None:
     """The checks of a recipe alone; raises ValueError."""
     require(len(recipe.stages) > 0, "recipe.stages is empty: a recipe needs at least one stage")
@@ -396,7 +402,17 @@ def validate_recipe(recipe: Recipe) -> None:
             "recipe.penalty.micro_batch_sequences only means something with recipe.penalty.unit=sum_1e8: remove it",
         )
     _validate_lr(recipe.lr, "recipe.lr")
-    require(len(recipe.optimizer.betas) == 2, "recipe.optimizer.betas takes two numbers")
+    for name, stage in recipe.stages.items():
+        _validate_lr(merged_lr(recipe.lr, stage.lr), f"recipe.stages.{name}.lr")
+        decay = stage.weight_decay
+        require(decay is None or decay >= 0, f"recipe.stages.{name}.weight_decay is {decay}: give 0 or larger")
+    adamw = recipe.optimizer
+    require(
+        len(adamw.betas) == 2 and all(0 <= beta < 1 for beta in adamw.betas),
+        f"recipe.optimizer.betas is {adamw.betas}: give two numbers from 0 to below 1",
+    )
+    require(adamw.eps > 0, f"recipe.optimizer.eps is {adamw.eps}: give a positive number")
+    require(adamw.weight_decay >= 0, f"recipe.optimizer.weight_decay is {adamw.weight_decay}: give 0 or larger")
     require(recipe.optimizer.clip > 0, f"recipe.optimizer.clip is {recipe.optimizer.clip}: give a positive norm")
 
 
@@ -420,6 +436,7 @@ def _validate_train(config: Train) -> None:
     require(config.evaluate.every >= 0, f"evaluate.every is {config.evaluate.every}: give 0 or more")
     require(config.threads is None or config.threads >= 1, f"threads is {config.threads}: give at least 1, or null")
     _validate_device(config.device)
+    require(config.attention in ATTENTION, f"attention is {config.attention}: choose {', '.join(ATTENTION)}")
     names = [*config.recipe.stages, "shift"]
     require(
         config.until is None or config.until in names, f"until={config.until}: no such stage; choose {', '.join(names)}"

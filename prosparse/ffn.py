@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -90,15 +91,23 @@ def activation_of(model: PreTrainedModel) -> tuple[str, float]:
     return name, 0.0
 
 
+def round_bf16(threshold: float) -> float:
+    """The nearest bf16 number: what every runtime compares with."""
+    return torch.tensor(threshold, dtype=torch.bfloat16).item()
+
+
 def substitute(model: PreTrainedModel, activation: str, param: float = 0.0) -> Substitution:
     """Give every gated FFN of `model` the activation `activation` (a key of activations.INTERMEDIATES), in place.
 
-    `param` is the threshold of fatrelu and drelu or the offset of shifted_relu. The weights and their names stay. The
+    `param` is the threshold of fatrelu and drelu (rounded to bf16) or the offset of shifted_relu. Weights and their
+    names stay. The
     model's config is told (hidden_act, hidden_act_param), so that no saved folder silently claims the old activation.
     Raises ValueError for an unknown activation or a model with unknown FFNs; the model is then unchanged.
     """
     if activation not in INTERMEDIATES:
         raise ValueError(f"activation is {activation}: choose one of {', '.join(INTERMEDIATES)}")
+    if activation in ("fatrelu", "drelu"):
+        param = round_bf16(param)
     ffns = find_ffns(model)
     config = model.config.get_text_config()
     replaced, replaced_param = activation_of(model)

@@ -36,7 +36,7 @@ class _InjectL1(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients: Tensor):
         (gradient,), (x1,), context = gradients, ctx.saved_tensors, ctx.context
-        counted, elements = x1, torch.tensor(float(x1.numel()))
+        counted, elements = x1, torch.tensor(x1.numel(), dtype=torch.float64)
         if ctx.token_mask is not None:
             counted = x1 * ctx.token_mask.unsqueeze(-1)
             elements = ctx.token_mask.sum() * x1.shape[-1]

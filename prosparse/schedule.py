@@ -4,10 +4,10 @@ In: a `Recipe` and an optimizer step (1-based; only applied steps count). Out: p
 The schedule is Algorithm 1 of arXiv 2402.13516, with λ allowed to fall as well as to rise.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from math import cos, pi, sin
 
-from prosparse.config import Control, L1Shape, Lr, LrSchedule, PenaltyUnit, Recipe, Stage
+from prosparse.config import Control, L1Shape, Lr, LrSchedule, PenaltyUnit, Recipe, Stage, StageLr, merged_lr
 
 
 @dataclass(frozen=True)
@@ -181,9 +181,8 @@ def accumulation(sequences: int, micro_batch: int, ranks: int) -> int:
 def _lr_segments(recipe: Recipe) -> list[tuple[Lr, int, int]]:
     segments: list[tuple[Lr, int, int]] = []
     for span in spans(recipe):
-        changes = {f.name: v for f in fields(span.stage.lr) if (v := getattr(span.stage.lr, f.name)) is not None}
-        if changes or not segments:
-            segments.append((replace(recipe.lr, **changes), span.first, span.last))
+        if span.stage.lr != StageLr() or not segments:
+            segments.append((merged_lr(recipe.lr, span.stage.lr), span.first, span.last))
         else:
             lr, first, _ = segments[-1]
             segments[-1] = (lr, first, span.last)

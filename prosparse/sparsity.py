@@ -81,7 +81,7 @@ def measure(
     def count(layer: int, mask: Tensor | None) -> Callable:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x1 = inputs[0].flatten(0, -2) if mask is None else inputs[0][mask]
-            tally(statistics[layer], x1, x1.sign(), torch.tensor(float(x1.numel())))
+            tally(statistics[layer], x1, x1.sign(), torch.tensor(x1.numel(), dtype=torch.float64))
 
         return hook
 
@@ -114,5 +114,5 @@ def measure(
         dist.all_reduce(totals)
     loss, tokens = totals[0].item() / totals[1].item(), int(totals[1].item())
     layers = sparsity_by_layer(statistics)
-    perplexity = math.exp(loss) if loss < 700 else math.inf
+    perplexity = math.inf if loss > 700 else math.exp(loss)
     return Measurement(perplexity, loss, tokens, sum(layers) / len(layers), layers, mean_abs_by_layer(statistics))

@@ -7,6 +7,7 @@ The metrics file is the record; wandb is a view of it and never stops training.
 import json
 import os
 import resource
+import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -68,7 +69,9 @@ class Metrics:
     def __init__(self, run_dir: Path, after_step: int) -> None:
         self.path = Path(run_dir) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_metrics(run_dir) if row["step"] <= after_step]
+        again = ("trained", *AFTER_TRAINING)  # evaluated each time a run comes to its end
+        rows = read_metrics(run_dir)
+        kept = [row for row in rows if row["step"] <= after_step and row.get("model") not in again]
         write_atomically(self.path, "".join(f"{strict_json(row)}\n" for row in kept))
 
     def append(self, row: dict[str, Any]) -> None:
@@ -163,7 +166,13 @@ def header(
 
 
 def versions() -> dict[str, str]:
-    return {name: version(name) for name in ("prosparse", "torch", "deepspeed", "transformers", "datasets", "grain")}
+    """Versions of what computes the result, and the git commit when run from a clone."""
+    found = {name: version(name) for name in ("prosparse", "torch", "deepspeed", "transformers", "datasets", "grain")}
+    home = Path(__file__).parents[1]
+    if (home / ".git").exists():
+        head = subprocess.run(["git", "-C", home, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        found |= {"commit": head.stdout.strip()} if head.returncode == 0 else {}
+    return found
 
 
 def device_name(device: torch.device, ranks: int) -> str:

@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
 from prosparse.config import Shift
-from prosparse.ffn import sparse_ffns, substitute
+from prosparse.ffn import round_bf16, sparse_ffns, substitute
 from prosparse.sparsity import measure
 
 
@@ -41,11 +40,6 @@ class Shifted:
         return asdict(self)
 
 
-def round_bf16(threshold: float) -> float:
-    """The nearest bf16 number."""
-    return torch.tensor(threshold, dtype=torch.bfloat16).item()
-
-
 def shift(
     model: PreTrainedModel,
     rows: Sequence[np.ndarray],
@@ -59,12 +53,14 @@ def shift(
     `how.threshold`: that threshold. `how.budget`: the largest one, found by doubling from how.start and how.refinements
     bisections, whose perplexity on `rows` is at most (1 + budget) times that of the model as it came; the model stays
     as it came if none is. `report` is called with each point. Every rank of a process group has to call it.
-    Raises ValueError if the model's activation has no threshold.
+    Raises ValueError if the model's activation has no threshold, or one above how.threshold.
     """
     first = sparse_ffns(model)[0]
     name, start = first.activation, first.param
     if name not in ("relu", "fatrelu", "drelu"):
         raise ValueError(f"the model's activation is {name}: only relu, fatrelu and drelu have a threshold to shift")
+    if how.threshold is not None and round_bf16(how.threshold) < start:
+        raise ValueError(f"threshold {how.threshold} is below {start}, which the model has already: raise it")
     shifted_name = "drelu" if name == "drelu" else "fatrelu"
     points: dict[float, Point] = {}
     tokens = 0

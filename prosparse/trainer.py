@@ -5,15 +5,12 @@ report/) and the report as a dict.
 """
 
 import copy
-import ctypes
 import gc
 import json
-import os
-import socket
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +21,13 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging as transformers_logging
 
 from prosparse import checkpoint, schedule
-from prosparse.checkpoint import TrainState, from_rank_zero
+from prosparse.checkpoint import TrainState
 from prosparse.config import Checkpointing, Dtype, Train
 from prosparse.data import Batch, Prepared, batch, mixture, open_prepared, prepare
 from prosparse.exporters.hf import export_hf
 from prosparse.ffn import activation_of, set_penalty, substitute
+from prosparse.group import agree, from_rank_zero, same_everywhere, start_group
+from prosparse.models.formats import released_config
 from prosparse.models.load import load_config, load_model, load_tokenizer
 from prosparse.penalty import PenaltyContext, mean_abs_by_layer, new_statistics, sparsity_by_layer
 from prosparse.reporting import fairness, table, write_report
@@ -49,7 +48,6 @@ from prosparse.threshold import shift
 
 DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
 MAX_SKIPPED_IN_A_ROW = 10
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 @dataclass
@@ -108,19 +106,18 @@ def train(config: Train) -> dict:
     {"run_dir", "stopped_at", "step"} if it stopped at a stage. Raises ValueError for what a user can mend, OSError if a
     checkpoint cannot be written.
     """
-    started = time.time()
     run = open_run(config)
-    recipe, engine, state = config.recipe, run.engine, run.state
+    recipe, state, model = config.recipe, run.state, run.engine.module
     total = schedule.total_steps(recipe)
     last = next((span.last for span in schedule.spans(recipe) if span.name == config.until), total)
 
     # --- before the first step: the base model, and what substitution alone does to it --------------------------------
     if state.step == 0:
-        substitute(engine.module, *run.own_activation)
-        evaluate(run, engine.module, "base")
-        substitute(engine.module, *run.activation)
+        substitute(model, *run.own_activation)
+        evaluate(run, model, "base")
+        substitute(model, *run.activation)
         if run.activation != run.own_activation:
-            evaluate(run, engine.module, "substituted")
+            evaluate(run, model, "substituted")
 
     # --- the stages ---------------------------------------------------------------------------------------------------
     neurons = run.base_config.get_text_config().intermediate_size
@@ -131,22 +128,22 @@ def train(config: Train) -> dict:
         began, step = time.perf_counter(), state.step + 1
         span = schedule.stage_at(recipe, step)
         if span.stage.reset_optimizer and step == span.first:
-            _forget_moments(engine)
+            _forget_moments(run.engine)
 
         # the window: which rows, split into this rank's micro-batches
         first, sequences = schedule.window_rows(recipe, step, state.window)
         starts = range(first + run.rank * config.micro_batch, first + sequences, config.micro_batch * run.world)
         rows = [batch(run.rows(step), range(i, i + config.micro_batch)).to(run.device) for i in starts]
         factor = schedule.l1_factor_mean(recipe, step, neurons)
-        window = accumulate(engine, context, rows, factor)
+        window = accumulate(run.engine, context, rows, factor)
 
         # the step; one that DeepSpeed does not apply uses up its window and does not count
         rate, decay = schedule.learning_rate(recipe, step), schedule.weight_decay(recipe, step)
-        for group, own_decay in zip(engine.optimizer.param_groups, (decay, 0.0), strict=True):
-            group["lr"], group["weight_decay"] = rate, own_decay
-        engine.step()
+        for group in run.engine.optimizer.param_groups:
+            group["lr"], group["weight_decay"] = rate, decay if group["decays"] else 0.0
+        run.engine.step()
         state.window += 1
-        if not engine.was_step_applied():
+        if not run.engine.was_step_applied():
             state.skipped, skipped_in_a_row = state.skipped + 1, skipped_in_a_row + 1
             run.say(
                 f"step {step} not applied, its gradient is not finite: rows {first}-{first + sequences - 1} left out"
@@ -160,7 +157,7 @@ def train(config: Train) -> dict:
         seconds = time.perf_counter() - began
         eta.update(seconds)
         by_layer, magnitude = sparsity_by_layer(window.statistics), mean_abs_by_layer(window.statistics)
-        norm, speed = engine.get_global_grad_norm(), window.tokens / seconds
+        norm, speed = run.engine.get_global_grad_norm(), window.tokens / seconds
         row = {
             "kind": "train",
             "step": step,
@@ -177,7 +174,7 @@ def train(config: Train) -> dict:
             "lr": rate,
             "grad_norm": None if norm is None else float(norm),
             "tokens_per_second": speed,
-            "mfu": mfu(engine.module, schedule.batch_at(recipe, step)[1], speed / run.world, run.device),
+            "mfu": mfu(model, schedule.batch_at(recipe, step)[1], speed / run.world, run.device),
             "step_seconds": seconds,
             "memory_bytes": peak_memory(run.device),
             "skipped": state.skipped,
@@ -185,15 +182,16 @@ def train(config: Train) -> dict:
         run.log(row)
         run.say(progress_line(row, total, eta.remaining(last - step)))
         if config.evaluate.every and step % config.evaluate.every == 0 and step < total:
-            evaluate(run, engine.module, "training")
+            evaluate(run, model, "training")
         if step % config.save.every == 0 or step == span.last:
             save(run)
 
-    if state.step < total:
+    if config.until not in (None, "shift"):
         run.say(f"stopped after stage {config.until}, as until={config.until} asks; started without it the run goes on")
         _close(run, {})
         return {"run_dir": str(run.folder), "stopped_at": config.until, "step": state.step}
-    return finish(run, started)
+    del model  # finish frees it
+    return finish(run)
 
 
 @dataclass
@@ -239,34 +237,30 @@ def accumulate(engine: Any, context: PenaltyContext, micro_batches: list[Batch],
 
 def open_run(config: Train) -> Run:
     """Everything before the first step: group, folder, text, model, substitution, engine, state."""
-    rank, world, device = start_group(config)
+    rank, world, device = start_group(config.device, config.threads, config.seed)
     import deepspeed
 
+    deepspeed.utils.logger.setLevel("WARNING")
+    transformers_logging.set_verbosity_error()
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
     folder, recipe = Path(config.run_dir).expanduser(), config.recipe
-    from_rank_zero(lambda: checkpoint.claim(folder))
-    checkpoint.same_everywhere(config)
-    for span in schedule.spans(recipe):
-        schedule.accumulation(schedule.batch_at(recipe, span.first)[0], config.micro_batch, world)
+    same_everywhere(config)
+    ds_config = agree(lambda: deepspeed_config(config, world))
+    checkpoint.claim(folder)
 
     opening: dict = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
-    text_config = load_config(config.model.source, **opening).get_text_config()
-    _check_shape(config, text_config)
+    text_config = agree(lambda: _check_model(config, load_config(config.model.source, **opening)))
     own = config.data.tokenizer
-    tokenizer = load_tokenizer(own) if own else load_tokenizer(config.model.source, **opening)
+    tokenizer = agree(lambda: load_tokenizer(own) if own else load_tokenizer(config.model.source, **opening))
     # One rank prepares the text, all of them open it.
     text = (config.data, tokenizer, schedule.contexts(recipe), text_config.vocab_size)
     folders = from_rank_zero(lambda: {length: made.folders for length, made in prepare(*text).items()})
-    prepared = {length: open_prepared(parts) for length, parts in folders.items()}
-
-    ds_config = deepspeed_config(config, world)
-    model = load_model(
-        config.model.source,
-        dtype=DTYPES[config.dtype],
-        device=device,
-        attention=config.attention,
-        zero3=ds_config if config.zero.stage == 3 else None,
-        **opening,
-    )
+    prepared = agree(lambda: {length: open_prepared(parts) for length, parts in folders.items()})
+    load = partial(load_model, config.model.source, dtype=DTYPES[config.dtype], device=device, **opening)
+    if config.zero.stage == 3:  # its ranks load together
+        model = load(attention=config.attention, zero3=ds_config)
+    else:
+        model = agree(lambda: load(attention=config.attention))
     base_config, own_activation = copy.deepcopy(model.config), activation_of(model)
     activation = schedule.activation(recipe) or own_activation
     substitution = substitute(model, *activation)
@@ -278,12 +272,16 @@ def open_run(config: Train) -> Run:
     )
     run = Run(config, folder, rank, world, device, base_config, tokenizer, prepared, engine, own_activation, activation)
     run.state = _resume(run)
-    if rank == 0:
+
+    def begin() -> None:
         plain = json.loads(json.dumps(asdict(config)))
+        checkpoint.supersede(folder, run.state.step)
         (folder / "config.yaml").write_text(yaml.safe_dump(plain | {"versions": versions()}, sort_keys=False))
         run.metrics = Metrics(folder, run.state.step or -1)
         run.tracker = Tracker(config.tracking, folder, plain, run.state.tracking_id)
         run.state.tracking_id = run.tracker.id
+
+    from_rank_zero(begin)
     run.say(header(config, model, substitution, prepared, run.state.step, world, device))
     return run
 
@@ -324,7 +322,7 @@ def save(run: Run) -> None:
     run.say(f"saved {folder} in {time.time() - began:.1f} s")
 
 
-def finish(run: Run, started: float) -> dict:
+def finish(run: Run) -> dict:
     """After the last step: shift, export, report (all ranks call it)."""
     config, recipe, state, model = run.config, run.config.recipe, run.state, run.engine.module
     logged = from_rank_zero(lambda: read_metrics(run.folder))
@@ -342,10 +340,12 @@ def finish(run: Run, started: float) -> dict:
         "versions": versions(),
         "notes": [fairness(recipe.control)],
     }
+    if "base" not in models:
+        report["notes"].append("base and substituted stand in the report of the run that this one went on from")
     if schedule.shifts(recipe):
         unread = sum(schedule.window_rows(recipe, state.step, state.window - 1))
         rows = [run.rows(state.step)[unread + i] for i in range(recipe.shift.calibration_rows)]
-        run.say(f"shifting the threshold on {len(rows)} training rows that were not read")
+        run.say(f"shifting the threshold on the {len(rows)} training rows after those that were read")
         shifted = shift(model, rows, recipe.shift, batch=config.micro_batch, report=lambda p: run.say(str(p)))
         report["shift"] = shifted.to_dict()
         models["shifted"] = evaluate(run, model, "shifted")
@@ -356,13 +356,16 @@ def finish(run: Run, started: float) -> dict:
         run.engine.destroy()
         run.engine = None
         gc.collect()
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
         target, dtype = run.folder / "model", DTYPES[config.dtype]
         report["export"] = from_rank_zero(
             lambda: export_hf(weights, run.base_config, *activation, run.tokenizer, generation, target, dtype)
         )
         del weights
         models["exported"] = evaluate(run, load_model(target, dtype=dtype, device=run.device), "exported")
-    report["seconds"] = time.time() - started
+    rows = from_rank_zero(lambda: read_metrics(run.folder))
+    report["seconds"] = sum(row.get("step_seconds") or row["seconds"] for row in rows)
     folder = from_rank_zero(lambda: write_report(run.folder, report))
     run.say(f"\n{table(report)}\n\nreport: {folder}")
     if "export" in report:
@@ -371,55 +374,25 @@ def finish(run: Run, started: float) -> dict:
     return report
 
 
-def start_group(config: Train) -> tuple[int, int, torch.device]:
-    """Join the launcher's process group, or make one of a single rank; returns (rank, ranks, device)."""
-    environment = os.environ
-    for name, slurm in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
-        if name not in environment and "MASTER_ADDR" in environment and slurm in environment:
-            environment[name] = environment[slurm]
-    if "WORLD_SIZE" not in environment:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    cuda = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
-    if cuda and not torch.cuda.is_available():
-        raise ValueError("device is cuda, but torch sees no GPU here: set device=cpu or install a CUDA build of torch")
-    environment["DS_ACCELERATOR"] = "cuda" if cuda else "cpu"
-    bin_folder = str(Path(sys.executable).parent)  # DeepSpeed compiles an op with the ninja that lies beside python
-    if bin_folder not in environment["PATH"].split(os.pathsep):
-        environment["PATH"] = bin_folder + os.pathsep + environment["PATH"]
-    import deepspeed
-
-    deepspeed.utils.logger.setLevel("WARNING")
-    transformers_logging.set_verbosity_error()
-    world = int(environment["WORLD_SIZE"])
-    local_sizes = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")  # torchrun, DeepSpeed, Slurm
-    here = next((int(environment[name]) for name in local_sizes if name in environment), world)
-    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // here))
-    torch.manual_seed(config.seed)
-    if not cuda and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # Keep freed tensors in the process: glibc would hand each back to the kernel and fault it in again next time.
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    device = torch.device("cuda", int(environment["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=timedelta(hours=2), verbose=False)
-    return dist.get_rank(), dist.get_world_size(), device
-
-
 def deepspeed_config(config: Train, world: int) -> dict:
     """DeepSpeed's config, derived from the typed keys; raises ValueError for a zero.extra key that contradicts one."""
-    recipe, zero, sequences = config.recipe, config.zero, schedule.batch_at(config.recipe, 1)[0]
+    recipe, zero = config.recipe, config.zero
+    batches = [schedule.batch_at(recipe, span.first)[0] for span in schedule.spans(recipe)]
+    steps = [schedule.accumulation(batch, config.micro_batch, world) for batch in batches]  # every stage has to divide
     overlap = zero.overlap_comm if zero.overlap_comm is not None else (None if zero.stage == 3 else False)
     own = {"stage": zero.stage} | ({} if overlap is None else {"overlap_comm": overlap})
     for key in zero.extra:
         if key in ("stage", "overlap_comm"):
             raise ValueError(f"zero.extra.{key} contradicts zero.{key}: set zero.{key} instead")
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**own, **zero.extra)
+    except ValueError as error:
+        raise ValueError(f"zero.extra: {error}: see DeepSpeed's zero_optimization for its keys") from error
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch,
-        "gradient_accumulation_steps": schedule.accumulation(sequences, config.micro_batch, world),
+        "gradient_accumulation_steps": steps[0],
         "bf16": {"enabled": config.dtype is Dtype.bf16},
         "data_types": {"grad_accum_dtype": "fp32"},
         "gradient_clipping": recipe.optimizer.clip,
@@ -432,19 +405,32 @@ def deepspeed_config(config: Train, world: int) -> dict:
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
-def _check_shape(config: Train, text_config: Any) -> None:
+def _check_model(config: Train, whole: PreTrainedConfig) -> Any:
+    """The text config of the base model, if it is the one described, takes the context and can be exported."""
+    text_config, recipe = whole.get_text_config(), config.recipe
+    own = (getattr(text_config, "hidden_act", "silu"), 0.0)
+    activation = schedule.activation(recipe) or own
+    released_config(whole, *activation)
+    if schedule.shifts(recipe):
+        released_config(whole, "drelu" if activation[0] == "drelu" else "fatrelu", 1.0)
+    longest, limit = schedule.contexts(recipe)[-1], getattr(text_config, "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise ValueError(f"recipe.batch.context is {longest}, but {config.model.source} has only {limit} positions")
     for key, wanted in asdict(config.model.shape).items():
         found = getattr(text_config, key, None)
         if wanted is not None and wanted != found:
             raise ValueError(f"model.shape.{key} is {wanted}, but {config.model.source} has {found}: mend one of them")
+    return text_config
 
 
 def _identity(run: Run) -> dict:
     """What must not change between the parts of one run."""
     whole = asdict(run.config)
     kept = {key: whole[key] for key in ("model", "recipe", "seed", "dtype")}
-    data = {str(length): made.digest for length, made in run.prepared.items()}
-    return json.loads(json.dumps(kept | {"zero": {"stage": run.config.zero.stage}, "data": data}))
+    kept["order of recipe.stages"] = list(whole["recipe"]["stages"])
+    kept["data.sources weights"] = {name: source["weight"] for name, source in whole["data"]["sources"].items()}
+    kept["digest of the rows"] = {str(length): made.digest for length, made in run.prepared.items()}
+    return json.loads(json.dumps(kept | {"zero": {"stage": run.config.zero.stage}}))
 
 
 def _resume(run: Run) -> TrainState:
@@ -465,13 +451,13 @@ def _resume(run: Run) -> TrainState:
 
 
 def _optimizer(config: Train, model: PreTrainedModel) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only; group 0 has it, group 1 (norms, biases) does not."""
+    """AdamW; a group says whether it decays: matrices do, norms and biases do not."""
     settings = config.recipe.optimizer
     groups: tuple[list[Any], list[Any]] = ([], [])
     for parameter in model.parameters():
         dimensions = len(getattr(parameter, "ds_shape", parameter.shape))  # ds_shape: partitioned by ZeRO-3
         groups[0 if dimensions >= 2 else 1].append(parameter)
-    options: list[dict[str, Any]] = [{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}]
+    options: list[dict] = [{"params": group, "decays": group is groups[0]} for group in groups if group]
     return torch.optim.AdamW(
         options,
         lr=config.recipe.lr.peak,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from prosparse import cli
 from prosparse.cli import compose, main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -69,6 +70,11 @@ BAD = [
     ("recipe.penalty.unit=sum_1e8", "recipe.penalty.micro_batch_sequences"),
     ("recipe.shift.threshold=0.1", "recipe.shift.threshold and recipe.shift.budget"),
     ("recipe.activation.threshold=0.1", "recipe.activation.threshold"),
+    ("recipe.stages.rise.lr.peak=-1", "recipe.stages.rise.lr.peak is -1"),
+    ("recipe.stages.rise.lr.schedule=wsd", "recipe.stages.rise.lr.decay_steps"),
+    ("recipe.stages.rise.weight_decay=-1", "recipe.stages.rise.weight_decay"),
+    ("recipe.optimizer.betas=[2,0.9]", "recipe.optimizer.betas"),
+    ("attention=foo", "attention is foo"),
     ("data.held_out=0", "data.held_out"),
     ("data.sources.stdlib.weight=0", "data.sources.stdlib.weight"),
     ("+recipe.stages.rise.data.wiki=1", "recipe.stages.rise.data.wiki: no such source"),
@@ -95,6 +101,8 @@ def test_no_such_verb_lists_the_verbs(capsys):
 def test_paths_with_equal_signs_and_spaces_are_taken_as_they_are():
     config = compose("train", ["experiment=demo", "run_dir=/tmp/a=b, c d/{x}", "data.cache=it's"])
     assert config.run_dir == "/tmp/a=b, c d/{x}" and config.data.cache == "it's"
+    config = compose("train", ["experiment=demo", "run_dir=a\\b c", "data.cache=~/cache\\"])
+    assert config.run_dir == "a\\b c" and config.data.cache == "~/cache\\"
 
 
 def test_experiments_of_ones_own_lie_outside_the_package(tmp_path):
@@ -117,6 +125,16 @@ def test_cfg_shows_what_would_run_and_writes_nothing(tmp_path):
     assert done.returncode == 0 and "factor: 0.75" in done.stdout and list(tmp_path.iterdir()) == []
     bad = prosparse("train", "--cfg", "job", "experiment=demo", "micro_batch=0", cwd=tmp_path)
     assert bad.returncode == 2 and "micro_batch is 0" in bad.stderr
+
+
+def test_multirun_runs_every_combination_checks_them_first_and_writes_nothing(monkeypatch, tmp_path, capsys):
+    seen = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(cli.RUN, "train", lambda config: seen.append((config.seed, config.run_dir)) or {})
+    assert main(["train", "-m", "experiment=demo", "seed=1,2", "run_dir=a,b"]) == 0
+    assert seen == [(1, "a,b"), (2, "a,b")]  # a path is taken as it is
+    assert main(["train", "-m", "experiment=demo", "micro_batch=1,0"]) == 2
+    assert len(seen) == 2 and "micro_batch is 0" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
 
 def test_multirun_under_a_launcher_is_refused(tmp_path):

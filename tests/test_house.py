@@ -7,7 +7,7 @@ import sys
 from conftest import ROOT
 
 FLOORS = [
-    {"activations", "config"},
+    {"activations", "config", "group"},
     {"schedule", "penalty", "checkpoint"},
     {"ffn"},
     {"models", "data"},

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from conftest import tiny_llama
 
 from prosparse.config import Shift
-from prosparse.ffn import activation_of, sparse_ffns, substitute
+from prosparse.ffn import activation_of, round_bf16, sparse_ffns, substitute
 from prosparse.sparsity import measure, spread
-from prosparse.threshold import round_bf16, shift
+from prosparse.threshold import shift
 
 
 @pytest.fixture

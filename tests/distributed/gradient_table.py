@@ -11,19 +11,18 @@ import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-import deepspeed
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import tiny_llama
-from deepspeed.utils import safe_get_full_grad
 
 from prosparse.cli import compose
 from prosparse.config import Checkpointing
 from prosparse.data import Batch
 from prosparse.ffn import sparse_ffns, substitute
+from prosparse.group import start_group
 from prosparse.penalty import COUNT, MAGNITUDE, NONZERO, PenaltyContext, new_statistics
-from prosparse.trainer import accumulate, deepspeed_config, start_group
+from prosparse.trainer import accumulate, deepspeed_config
 
 FACTOR, SEQUENCES, CONTEXT = 0.7, 8, 16
 
@@ -63,7 +62,11 @@ def main() -> None:
     config = compose(
         "train", ["experiment=demo", "dtype=fp32", "device=cpu", "threads=1", f"recipe.batch.sequences={SEQUENCES}"]
     )
-    rank, world, _ = start_group(config)
+    rank, world, _ = start_group("cpu", threads=1, seed=0)
+    import deepspeed
+    from deepspeed.utils import safe_get_full_grad
+
+    deepspeed.init_distributed("gloo", verbose=False)
     whole = window()
     expected, expected_statistics = explicit(whole)
     table = {}

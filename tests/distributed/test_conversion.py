@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from conftest import ROOT, launch, metrics, prosparse, tiny_llama, tiny_overrides
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from prosparse import checkpoint
 
 BITWISE = ("step", "window", "stage", "tokens", "loss", "l1", "l1_factor", "lr", "sparsity_by_layer", "grad_norm")
 
@@ -45,6 +48,9 @@ def runs(tiny, tmp_path_factory) -> dict[str, Path]:
         "drelu": ["activation@recipe.activation=drelu", "dtype=fp32", "checkpointing=reentrant", *quick],
     }
     trainings = [[*tiny_overrides(tiny, root / name), *extra] for name, extra in plans.items()]
+    plans["zero3 again"] = []  # stopped after its last stage and resumed under ZeRO-3
+    again = [*tiny_overrides(tiny, root / "zero3 again"), "zero=zero3", *quick]
+    trainings += [[*again, "until=rise"], [*again, "until=hold"], [*again, "until=shift"], again]
     done = launch(json.dumps(trainings), script="tests/distributed/trainings.py", timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return {name: root / name for name in plans}
@@ -79,6 +85,18 @@ def test_a_run_stopped_and_started_again_is_bit_equal_to_an_undisturbed_one(runs
     assert done.returncode == 0, done.stderr[-3000:]
     assert "goes on after step 7" in done.stderr
     assert_equal_runs(stopped, runs["undisturbed"])
+
+
+def test_a_resume_under_zero3_is_bit_equal_and_until_stops_after_the_last_stage_and_the_shift(runs):
+    assert_equal_runs(runs["zero3 again"], runs["zero3"])
+    evaluated = [row["model"] for row in metrics(runs["zero3 again"]) if row["kind"] == "evaluation"]
+    assert evaluated == ["base", "substituted", "trained", "shifted", "exported"]
+
+
+def test_the_seconds_of_a_report_are_those_of_all_starts(runs):
+    rows = metrics(runs["zero3 again"])
+    seconds = json.loads((runs["zero3 again"] / "report" / "report.json").read_text())["seconds"]
+    assert seconds == pytest.approx(sum(row.get("step_seconds") or row["seconds"] for row in rows))
 
 
 def test_zero_stages_and_micro_batches_train_the_same_model(runs):
@@ -118,10 +136,6 @@ def test_drelu_is_exported_with_its_threshold(runs):
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
 def test_a_damaged_checkpoint_is_passed_over_with_a_word(runs, tmp_path, damage, capsys):
-    import shutil
-
-    from prosparse import checkpoint
-
     shutil.copytree(runs["undisturbed"] / "checkpoints", tmp_path / "checkpoints")
     newest = tmp_path / "checkpoints" / "step-00000010"
     assert checkpoint.find(tmp_path) == newest
@@ -140,10 +154,6 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word(runs, tmp_path, damage,
 
 
 def test_a_checkpoint_without_its_manifest_is_invisible(runs, tmp_path):
-    import shutil
-
-    from prosparse import checkpoint
-
     shutil.copytree(runs["undisturbed"] / "checkpoints", tmp_path / "checkpoints")
     (tmp_path / "checkpoints" / "step-00000010" / "manifest.json").unlink()
     (tmp_path / "checkpoints" / "step-00000008").rename(tmp_path / "checkpoints" / "step-00000008.tmp")
@@ -154,8 +164,7 @@ def test_a_checkpoint_opens_as_a_model_and_exports(runs, tmp_path):
     """`until` leaves no model/: its checkpoint is enough for measure and export."""
     from prosparse.models.load import load_model
 
-    checkpoint = runs["undisturbed"] / "checkpoints" / "step-00000010"
-    model = load_model(str(checkpoint), dtype=torch.bfloat16)
+    model = load_model(runs["undisturbed"] / "checkpoints" / "step-00000010", dtype=torch.bfloat16)
     theirs = weights(runs["undisturbed"])
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.state_dict().items() if name in theirs)
     assert model.model.layers[0].mlp.activation == "relu"
@@ -180,7 +189,7 @@ def test_the_verbs_work_on_a_finished_run(runs, tiny, tmp_path):
 def test_torchrun_starts_the_same_entry_and_module_and_plain_runs_go_too(runs, tiny, tmp_path):
     overrides = [*tiny_overrides(tiny, tmp_path / "torchrun"), "until=substitution", "evaluate.rows=2"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "launch/train.py", *overrides],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200,
@@ -197,7 +206,20 @@ def test_torchrun_starts_the_same_entry_and_module_and_plain_runs_go_too(runs, t
     plain = prosparse("train", *tiny_overrides(tiny, tmp_path / "plain"), "until=substitution", "zero=zero3")
     assert plain.returncode == 0, plain.stderr[-3000:]
     assert json.loads(plain.stdout.splitlines()[-1])["stopped_at"] == "substitution"
-    assert [r["loss"] for r in trained(tmp_path / "plain")] == (
+    # the newest checkpoint is damaged: the run goes on from the one before and writes that step anew
+    newest = tmp_path / "plain" / "checkpoints" / "step-00000003"
+    file = next((newest / "engine").glob("*optim_states.pt"))
+    file.write_bytes(file.read_bytes()[:-1])
+    more = prosparse("train", *tiny_overrides(tiny, tmp_path / "plain"), "until=rise", "zero=zero3", "save.keep=9")
+    assert more.returncode == 0 and "passing over" in more.stderr and "goes on after step 2" in more.stderr
+    kept = sorted(path.name for path in newest.parent.iterdir())
+    assert kept == [f"step-0000000{n}" for n in (2, 3)] + ["step-00000003.superseded"] + [
+        f"step-0000000{n}" for n in (4, 6, 7)
+    ]
+    for path in newest.parent.glob("step-????????"):
+        checkpoint.verify(path)
+    assert [r["step"] for r in trained(tmp_path / "plain")] == list(range(1, 8))
+    assert [r["loss"] for r in trained(tmp_path / "plain")[:3]] == (
         pytest.approx([r["loss"] for r in trained(runs["undisturbed"])[:3]], rel=3e-3)
     )
 
@@ -219,22 +241,26 @@ def test_what_a_user_can_mend_is_one_line_and_leaves_nothing_half_written(runs, 
         "must": (["resume=must"], "resume=must"),
         "path": ([f"resume={tmp_path / 'none'}"], "is no complete checkpoint"),
         "zero": (["+zero.extra.stage=3"], "zero.extra.stage"),
+        "extra": (["+zero.extra.foo=1"], "zero.extra: "),
+        "positions": (["recipe.batch.context=512"], "recipe.batch.context is 512"),
         "gpu": (["device=cuda"], "device is cuda"),
         "unwritable": (["run_dir=/proc/run"], "run_dir=/proc/run cannot be written"),
     }
     calls = {name: [*tiny_overrides(tiny, tmp_path / name), *overrides] for name, (overrides, _) in cases.items()}
     finished = runs["undisturbed"]
     calls["other"] = [*tiny_overrides(tiny, finished), "recipe.stages.hold.l1.factor=0.1"]
+    calls["weights"] = [*tiny_overrides(tiny, finished), "data.sources.files.weight=2"]
     calls["never"] = [*tiny_overrides(tiny, finished), "resume=never"]
     calls["ranks"] = tiny_overrides(tiny, finished)
     expected = {name: message for name, (_, message) in cases.items()} | {
+        "weights": "data.sources weights.files was 1.0 and is now 2.0",
         "other": "recipe.stages.hold.l1.factor was 0.75 and is now 0.1",
         "never": "resume=never",
         "ranks": "was written by 2 ranks and this run has 1",
     }
     before = sorted(finished.rglob("*"))
     command = [sys.executable, "tests/distributed/bad_inputs.py", json.dumps(calls)]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
     answers = json.loads(done.stdout.splitlines()[-1])
     for name, message in expected.items():
