@@ -24,7 +24,7 @@ def start_group(choice: str, threads: int | None, seed: int) -> tuple[int, int, 
     """Join the launcher's process group, or make one of a single rank; returns (rank, ranks, device).
 
     `choice`: auto, cpu or cuda; `threads`: of this rank on the CPU, None for its share of the cores. Comes before the
-    first import of deepspeed, which looks at DS_ACCELERATOR. Raises ValueError if a GPU was asked for and there is none.
+    first import of deepspeed, which looks at DS_ACCELERATOR. ValueError if a GPU was asked for and there is none.
     """
     environment = os.environ
     for name, slurm in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
