@@ -64,9 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(USAGE, file=sys.stderr)
         return 0 if given else 2
     verb, *rest = given
-    speaks = running = False
+    speaks = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
+    running = False
     try:
-        speaks = int(os.environ.get("RANK", "0")) == 0
         if verb not in SCHEMAS:
             raise ValueError(f"no such verb: {verb}; choose {', '.join(SCHEMAS)}")
         flags, overrides, config_dir = _split(rest)
@@ -148,11 +148,10 @@ def _shift(config: schema.ShiftCheckpoint) -> dict:
     rows = _rows(config, tokenizer, None)
     chosen = [rows[i] for i in spread(len(rows), config.calibration_rows)]
     how = schema.Shift(config.threshold, config.budget, config.calibration_rows, config.start, config.refinements)
-
-    shifted = shift(model, chosen, how, batch=config.batch, report=lambda p: print(p, file=sys.stderr)).to_dict() | {
-        "text": config.text
-    }
-    result = export_hf_model(model, tokenizer, config.out, _dtype(config.dtype)) | {"shift": shifted}
+    shifted = shift(model, chosen, how, batch=config.batch, report=lambda point: print(point, file=sys.stderr))
+    conditions = {"text": config.text, **_conditions(config, model)}
+    result = export_hf_model(model, tokenizer, config.out, _dtype(config.dtype))
+    result |= {"shift": shifted.to_dict() | conditions}
     _write_result(Path(config.out).expanduser(), result)  # over the export's own, which it contains
     return result
 
