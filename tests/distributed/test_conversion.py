@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from prosparse import checkpoint
 
+pytestmark = pytest.mark.timeout(600)  # a dozen trainings: minutes where the cores have other work
 BITWISE = ("step", "window", "stage", "tokens", "loss", "l1", "l1_factor", "lr", "sparsity_by_layer", "grad_norm")
 
 
@@ -51,7 +52,7 @@ def runs(tiny, tmp_path_factory) -> dict[str, Path]:
     plans["zero3 again"] = []  # stopped after its last stage and resumed under ZeRO-3
     again = [*tiny_overrides(tiny, root / "zero3 again"), "zero=zero3", *quick]
     trainings += [[*again, "until=rise"], [*again, "until=hold"], [*again, "until=shift"], again]
-    done = launch(json.dumps(trainings), script="tests/distributed/trainings.py", timeout=280)
+    done = launch(json.dumps(trainings), script="tests/distributed/trainings.py", timeout=560)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return {name: root / name for name in plans}
 
