@@ -163,7 +163,8 @@ def _export(config: schema.Export) -> dict:
     dtype = _dtype(config.dtype)
     model = load_model(config.checkpoint, dtype=dtype, trust_remote_code=config.trust_remote_code)
     tokenizer = load_tokenizer(config.checkpoint, trust_remote_code=config.trust_remote_code)
-    return export_hf_model(model, tokenizer, config.out, dtype)
+    exporters = {schema.ExportFormat.hf: export_hf_model}
+    return exporters[config.format](model, tokenizer, config.out, dtype)
 
 
 RUN: dict[str, Callable[[Any], dict]] = {

@@ -164,7 +164,7 @@ def test_an_export_is_checked_and_complete(tmp_path):
     model.generation_config.update(temperature=0.6, do_sample=True)
     words = tokenizer()
     out = tmp_path / "new" / "export"
-    result = hf.export_hf_model(model, words, out, torch.float32, max_shard_size="40KB", card="# A card\n")
+    result = hf.export_hf_model(model, words, out, torch.float32, max_shard_size="40KB")
     assert (result["model_type"], result["class"]) == ("sparsellama", "SparseLlamaForCausalLM")
     assert (result["activation"], result["param"], result["dtype"]) == ("fatrelu", 0.125, "float32")
     assert result["max_logit_difference"] == 0 and result["logit_difference_bound"] > 0
@@ -173,7 +173,6 @@ def test_an_export_is_checked_and_complete(tmp_path):
     assert result["bytes"] == sum((out / name).stat().st_size for name in result["files"])
     assert "model.safetensors.index.json" in result["files"] and len(list(out.glob("*.safetensors"))) > 1
     assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # the weights are as readable as the rest
-    assert (out / "README.md").read_text() == "# A card\n"
     assert torch.equal(logits(load_model(out, dtype=torch.float32)), logits(model))
     assert load_model(out, dtype=torch.float32).generation_config.temperature == 0.6
     assert load_tokenizer(out)("The model")["input_ids"] == words("The model")["input_ids"] == [3, 4]

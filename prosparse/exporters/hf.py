@@ -41,7 +41,6 @@ def export_hf_model(
     out: str | Path,
     dtype: torch.dtype,
     max_shard_size: str = "5GB",
-    card: str | None = None,
 ) -> dict:
     """`export_hf` of a loaded model: stock, substituted or of a sparse class."""
     activation, param = activation_of(model)
@@ -57,7 +56,6 @@ def export_hf_model(
         out,
         dtype,
         max_shard_size=max_shard_size,
-        card=card,
     )
 
 
@@ -71,13 +69,12 @@ def export_hf(
     out: str | Path,
     dtype: torch.dtype,
     max_shard_size: str = "5GB",
-    card: str | None = None,
 ) -> dict:
     """Write the model to the folder `out` and return what was written and how far the reloaded logits differ.
 
     state_dict: CPU tensors under the base model's names; tied weights may be absent or given twice. config: of the base
     family, or of an earlier export of it. param: the threshold (shifted_relu: the offset) as it shall stand in
-    config.json. card: the text of README.md. Memory: the model once in `dtype` here and once in the fresh process.
+    config.json. Memory: the model once in `dtype` here and once in the fresh process.
 
     Raises ValueError if `out` holds anything but an earlier export or cannot be written, or the family has no format;
     RuntimeError if the folder does not load in a fresh process as the same model. Nothing is left behind then.
@@ -101,8 +98,6 @@ def export_hf(
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        if card is not None:
-            (folder / "README.md").write_text(card)
         for weights in folder.glob("*.safetensors"):  # written for their owner alone
             weights.chmod((folder / "config.json").stat().st_mode)
         files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
