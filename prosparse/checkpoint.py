@@ -1,55 +1,242 @@
-"""Checkpoints that are complete or invisible: save, commit, verify, find, prune.
+"""Checkpoints that are complete or invisible: write, commit, verify, find, prune, restore.
 
 In: a DeepSpeed engine, a `TrainState` and what belongs to the run. Out: checkpoints/step-00001200/, whose manifest.json
 is written last, names every file with size and digest, and becomes visible by one rename. There is no pointer file.
 """
 
+import fcntl
 import json
 import os
 import re
 import shutil
+import socket
 import sys
+import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import xxhash
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 from torch import Tensor
 
-from prosparse.group import agree, from_rank_zero, together
+from prosparse import shards
+from prosparse.config import Save
+from prosparse.group import agree, from_rank_zero, gathered, rank_and_world
 
-ENGINE = "engine"  # the folder (DeepSpeed: tag) of the engine's own files
+FORMAT = 2
+ENGINE = "engine"  # the folder of the ranks' own files
 NAME = re.compile(r"step-\d{8}")
+LOCK_SECONDS = 15.0  # a run that has just been stopped may take so long to let go of its folder
 
 
 @dataclass
 class TrainState:
     """The whole resumable state beside the engine's.
 
-    step: optimizer steps applied; window: windows consumed (applied or skipped); tokens: tokens of applied steps.
+    step: optimizer steps applied; window: windows consumed (applied, skipped or dropped); tokens: of applied steps;
+    dropped_windows: those that a rewind leaves out; guard: what the spike guard remembers.
     """
 
     step: int = 0
     window: int = 0
     tokens: int = 0
     skipped: int = 0
+    dropped_windows: list[int] = field(default_factory=list)
+    guard: dict[str, float] = field(default_factory=dict)
     tracking_id: str | None = None
 
 
-def claim(run_dir: Path) -> None:
-    """Make the run folder (all ranks call it); raises ValueError unless rank 0 can write it and every rank sees it."""
+@dataclass
+class Saved:
+    """A committed checkpoint: bytes of all ranks, seconds that training waited, seconds until it was complete."""
+
+    folder: Path
+    bytes: int
+    blocked_seconds: float
+    seconds: float
+
+
+@dataclass
+class _Pending:
+    folder: Path
+    manifest: dict
+    began: float
+    blocked_seconds: float
+    files: "Future[dict[str, dict]]"  # this rank's, on the disk
+
+
+class Saver:
+    """Writes the checkpoints of a run, one at a time: `begin`, later `commit`. All ranks call both.
+
+    `begin` returns when the bytes were handed to the disk's cache, or, with `how.asynchronous`, when they were copied
+    to host memory; syncing, and then writing too, goes on beside the training. Nothing is visible before `commit`.
+    """
+
+    def __init__(self, run_dir: Path, how: Save) -> None:
+        self.run_dir, self.how = run_dir, how
+        self._worker = ThreadPoolExecutor(1, "save")
+        self._host: dict[str, Tensor] = {}
+        self._pending: _Pending | None = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint waits for its commit."""
+        return self._pending is not None
+
+    @property
+    def ready(self) -> bool:
+        """Whether this rank's part of the pending checkpoint is on the disk, or has failed."""
+        return self._pending is None or self._pending.files.done()
+
+    def begin(self, engine: Any, state: TrainState, record: dict, write_skeleton: Callable[[Path], None]) -> None:
+        """Write the checkpoint of `state.step` to step-N.tmp.
+
+        `record` goes into the manifest; `write_skeleton(folder)` writes the model's config and tokenizer. An error of
+        this rank's writing waits for `commit`, where all ranks raise it.
+        """
+        assert self._pending is None
+        began, (rank, world) = time.perf_counter(), rank_and_world()
+        final = self.run_dir / "checkpoints" / f"step-{state.step:08d}"
+        temporary = final.with_suffix(".tmp")
+
+        def start() -> None:
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / ENGINE).mkdir(parents=True)
+
+        from_rank_zero(start)
+        tensors, metadata = shards.tensors_of(shards.pieces(engine))
+        tensors["rng/cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["rng/cuda"] = torch.cuda.get_rng_state()
+        if self.how.asynchronous:
+            tensors = self._copy(tensors)
+        manifest = {
+            "format": FORMAT,
+            "state": json.loads(json.dumps(asdict(state))),
+            "ranks": world,
+            "shapes": shards.shapes(engine),
+            "adam_steps": shards.adam_steps(engine),
+            **record,
+        }
+
+        def write() -> dict[str, dict]:
+            name = _rank_file(rank)
+            files = {name: shards.write(temporary / name, tensors, metadata)}
+            if rank == 0:
+                write_skeleton(temporary / "skeleton")
+                for path in sorted((temporary / "skeleton").rglob("*")):
+                    if path.is_file():
+                        files[str(path.relative_to(temporary))] = shards.digest(path)
+            return files
+
+        def sync() -> dict[str, dict]:
+            for name in (files := written.result()):
+                shards.sync(temporary / name)
+            return files
+
+        written = self._worker.submit(write)
+        if not self.how.asynchronous:
+            wait([written])
+        files = self._worker.submit(sync)
+        self._pending = _Pending(final, manifest, began, time.perf_counter() - began, files)
+
+    def commit(self) -> Saved:
+        """Wait until every rank's part is on the disk, then make the checkpoint visible and prune old ones.
+
+        OSError on every rank if one could not write: the checkpoint is gone then, earlier ones are untouched.
+        """
+        assert self._pending is not None
+        began, pending, self._pending = time.perf_counter(), self._pending, None
+        temporary = pending.folder.with_suffix(".tmp")
+        try:
+            parts = gathered(agree(pending.files.result))
+            files = {name: entry for part in parts for name, entry in sorted(part.items())}
+            from_rank_zero(lambda: _commit(temporary, pending.folder, pending.manifest | {"files": files}))
+        except OSError as error:
+            from_rank_zero(lambda: shutil.rmtree(temporary, ignore_errors=True))
+            error.args = (f"{pending.folder} could not be saved: {error}",)
+            raise
+        from_rank_zero(lambda: _prune(self.run_dir, self.how))
+        now = time.perf_counter()
+        size = sum(entry["size"] for entry in files.values())
+        return Saved(pending.folder, size, pending.blocked_seconds + now - began, now - pending.began)
+
+    def close(self) -> None:
+        """Wait for the worker; a checkpoint that was not committed stays invisible."""
+        self._worker.shutdown()
+
+    def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors in host memory that is kept for the next time."""
+        for name, tensor in tensors.items():
+            if name not in self._host or self._host[name].shape != tensor.shape:
+                self._host[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            self._host[name].copy_(tensor, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return dict(self._host)
+
+
+def restore(engine: Any, folder: Path, manifest: dict) -> None:
+    """Fill the engine and the random generators from a verified checkpoint (all ranks call it).
+
+    Ranks and ZeRO stage may be others than those that wrote it. ValueError if the model's parameters are.
+    """
+    rank, _ = rank_and_world()
+
+    def load() -> None:
+        told = difference(manifest["shapes"], shards.shapes(engine))
+        if told is not None:
+            raise ValueError(f"{folder} is of another model: {told}")
+        shards.read_into(rank_files(folder, manifest), shards.pieces(engine))
+        shards.set_adam_steps(engine, manifest["adam_steps"])
+        if rank < manifest["ranks"]:
+            with safe_open(folder / _rank_file(rank), "pt") as file:
+                torch.set_rng_state(file.get_tensor("rng/cpu"))
+                if torch.cuda.is_available() and "rng/cuda" in file.keys():  # noqa: SIM118  (it is no dict)
+                    torch.cuda.set_rng_state(file.get_tensor("rng/cuda"))
+
+    agree(load)
+    shards.refresh(engine)
+
+
+def rank_files(folder: Path, manifest: dict) -> list[Path]:
+    """The files with the tensors, in the order of the ranks that wrote them."""
+    return [folder / _rank_file(rank) for rank in range(manifest["ranks"])]
+
+
+def gather(engine: Any) -> dict[str, Tensor]:
+    """The trained weights on rank 0's CPU, one parameter at a time under ZeRO-3; empty on the other ranks."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    weights: dict[str, Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            if rank_and_world()[0] == 0:
+                weights[name] = parameter.detach().cpu().clone()
+    return weights
+
+
+# --- the folders of a run ---------------------------------------------------------------------------------------------
+
+
+def claim(run_dir: Path) -> int | None:
+    """Make the run folder and lock it (all ranks call it); returns rank 0's lock, which `os.close` frees.
+
+    Raises ValueError unless rank 0 can write the folder, every rank sees it and no other run holds it.
+    """
     probe = run_dir / ".probe"
 
-    def write() -> str:
+    def write() -> tuple[str, int]:
         try:
             (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+            lock = _lock(run_dir)
             probe.write_text(token := uuid.uuid4().hex)
-            return token
+            return token, lock
         except OSError as error:
             raise ValueError(
                 f"run_dir={run_dir} cannot be written ({error.strerror}): choose a folder that can"
@@ -59,12 +246,13 @@ def claim(run_dir: Path) -> None:
         if not probe.is_file() or probe.read_text() != token:
             raise ValueError(f"run_dir={run_dir} is not the folder that rank 0 sees: choose one that all hosts share")
 
-    token = from_rank_zero(write)
+    token, lock = from_rank_zero(write)
     try:
         agree(look)
     finally:
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if rank_and_world()[0] == 0:
             probe.unlink()
+    return lock if rank_and_world()[0] == 0 else None
 
 
 def difference(old: Any, new: Any, path: str = "") -> str | None:
@@ -75,132 +263,49 @@ def difference(old: Any, new: Any, path: str = "") -> str | None:
     return None if old == new else f"{path} was {old} and is now {new}"
 
 
-def save(
-    engine: Any,
-    run_dir: Path,
-    state: TrainState,
-    record: dict,
-    write_skeleton: Callable[[Path], None],
-    keep: int,
-) -> Path:
-    """Write and commit the checkpoint of `state.step` (all ranks call it), then prune to the `keep` newest.
-
-    `record` goes into the manifest; `write_skeleton(folder)` writes the model's config and tokenizer. The steps: write
-    to step-N.tmp; hash and fsync every file, shared among the ranks; all ranks agree; manifest.json last; rename.
-    If a rank cannot write, the run ends with its reason; earlier checkpoints are untouched then.
-    """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    final = run_dir / "checkpoints" / f"step-{state.step:08d}"
-    temporary = final.with_suffix(".tmp")
-
-    def start() -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-
-    def write() -> None:
-        engine.save_checkpoint(str(temporary), tag=ENGINE, save_latest=False)
-        generators = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            generators["cuda"] = torch.cuda.get_rng_state()
-        save_file(generators, temporary / f"rng-rank{rank:05d}.safetensors")
-        if rank == 0:
-            write_skeleton(temporary / "skeleton")
-
-    def written() -> list[str]:
-        return sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file())
-
-    def commit(files: dict[str, dict]) -> None:
-        manifest = {"format": 1, "state": asdict(state), "ranks": world, **record, "files": dict(sorted(files.items()))}
-        with open(temporary / "manifest.json", "w") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        _sync_folder(temporary)
-        os.rename(temporary, final)
-        _sync_folder(final.parent)
-        _prune(run_dir, keep)
-
-    from_rank_zero(start)
-    together(write, f"saving {final}")
-    files = from_rank_zero(written)[rank::world]
-    share = agree(lambda: {name: _digest(temporary / name, flush=True) for name in files})
-    shares: list[dict] = [share]
-    if dist.is_initialized():
-        shares = [{} for _ in range(world)]
-        dist.all_gather_object(shares, share)
-    from_rank_zero(lambda: commit({name: entry for part in shares for name, entry in part.items()}))
-    return final
-
-
-def restore(engine: Any, folder: Path) -> dict:
-    """Load a verified checkpoint into the engine and the random generators (all ranks call it); return its manifest.
-
-    Raises ValueError if a digest does not hold or the rank count differs, OSError if any rank cannot load.
-    """
-    manifest = from_rank_zero(lambda: verify(folder))
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if manifest["ranks"] != world:
-        raise ValueError(f"{folder} was written by {manifest['ranks']} ranks and this run has {world}: start as many")
-
-    def load() -> None:
-        path, _ = engine.load_checkpoint(str(folder), tag=ENGINE, load_lr_scheduler_states=False)
-        if path is None:
-            raise OSError("DeepSpeed found no checkpoint there")
-        generators = load_file(folder / f"rng-rank{rank:05d}.safetensors")
-        torch.set_rng_state(generators["cpu"])
-        if torch.cuda.is_available() and "cuda" in generators:
-            torch.cuda.set_rng_state(generators["cuda"])
-
-    together(load, f"loading {folder}")
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a checkpoint folder; raises ValueError if there is none, or not as it was written."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        own = manifest.pop("xxh3_128")
+    except OSError as error:
+        raise ValueError(f"{folder} is no complete checkpoint: it has no manifest.json") from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{folder} is damaged: manifest.json cannot be read") from error
+    if own != _digest_of(manifest):
+        raise ValueError(f"{folder} is damaged: manifest.json is not what was saved")
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"{folder} has format {manifest['format']}, this version reads {FORMAT}: use the one it has")
     return manifest
 
 
-def supersede(run_dir: Path, step: int) -> None:
-    """Set aside every checkpoint of a later step than the one a run goes on from, as step-N.superseded."""
-    for folder in (run_dir / "checkpoints").glob("step-*"):
-        if NAME.fullmatch(folder.name) and int(folder.name[5:]) > step:
-            aside = folder.with_suffix(".superseded")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
+def verify(folder: Path, rank: int = 0, world: int = 1) -> dict:
+    """The manifest of a checkpoint whose files hold: every size, and the digests of this rank's share of them.
 
-
-def gather(engine: Any) -> dict[str, Tensor]:
-    """The trained weights on rank 0's CPU, one parameter at a time under ZeRO-3; empty on the other ranks."""
-    from deepspeed.runtime.zero import GatheredParameters
-
-    weights: dict[str, Tensor] = {}
-    for name, parameter in engine.module.named_parameters():
-        with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            if not dist.is_initialized() or dist.get_rank() == 0:
-                weights[name] = parameter.detach().cpu().clone()
-    return weights
-
-
-def read_manifest(folder: Path) -> dict:
-    """The manifest of a checkpoint folder; raises ValueError if there is none that can be read."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        assert isinstance(manifest["files"], dict) and isinstance(manifest["state"], dict)
-        return manifest
-    except (OSError, ValueError, KeyError, AssertionError) as error:
-        raise ValueError(f"{folder} is no complete checkpoint: manifest.json is missing or damaged") from error
-
-
-def verify(folder: Path) -> dict:
-    """The manifest of a checkpoint, every file checked against it; raises ValueError naming the first bad one."""
+    Nothing else of the folder is opened before. Raises ValueError naming the first bad file.
+    """
     manifest = read_manifest(folder)
-    for name, entry in manifest["files"].items():
+    if NAME.fullmatch(folder.name) and int(folder.name[5:]) != manifest["state"]["step"]:
+        raise ValueError(f"{folder} is damaged: its manifest.json is that of step {manifest['state']['step']}")
+    for number, (name, entry) in enumerate(manifest["files"].items()):
         path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{folder} is damaged: {name} lies outside of it")
         if not path.is_file():
             raise ValueError(f"{folder} is damaged: {name} is missing")
-        if path.stat().st_size != entry["size"] or _digest(path) != entry:
+        if path.stat().st_size != entry["size"] or (number % world == rank and shards.digest(path) != entry):
             raise ValueError(f"{folder} is damaged: {name} is not the file that was saved")
     return manifest
 
 
+def verify_together(folder: Path) -> dict:
+    """`verify`, its digests shared among the ranks (all ranks call it)."""
+    return agree(lambda: verify(folder, *rank_and_world()))
+
+
 def find(run_dir: Path) -> Path | None:
     """The newest checkpoint of a run that verifies, or None; says on stderr which ones it passed over and why."""
-    for folder in _complete(run_dir):
+    for folder in _folders(run_dir):
         try:
             verify(folder)
             return folder
@@ -209,33 +314,116 @@ def find(run_dir: Path) -> Path | None:
     return None
 
 
-def _complete(run_dir: Path) -> list[Path]:
-    folders = (run_dir / "checkpoints").glob("step-*")
-    return sorted((f for f in folders if NAME.fullmatch(f.name) and (f / "manifest.json").is_file()), reverse=True)
+def find_together(run_dir: Path) -> tuple[Path, dict] | None:
+    """`find`, with the manifest, its digests shared among the ranks (all ranks call it)."""
+    for folder in from_rank_zero(lambda: _folders(run_dir)):
+        try:
+            return folder, verify_together(folder)
+        except ValueError as error:
+            if rank_and_world()[0] == 0:
+                print(f"passing over a checkpoint: {error}", file=sys.stderr, flush=True)
+    return None
 
 
-def _prune(run_dir: Path, keep: int) -> None:
-    assert keep >= 2
-    for folder in _complete(run_dir)[keep:]:
-        (folder / "manifest.json").unlink()  # invisible first: what is left of an interrupted removal is no checkpoint
-        shutil.rmtree(folder)
+def find_stage(run_dir: Path, stage: str) -> Path:
+    """The checkpoint at the end of a stage; raises ValueError that lists the stages that have one."""
+    ends: dict[str, Path] = {}
+    for folder in _folders(run_dir):
+        try:
+            end = read_manifest(folder).get("stage_end")
+        except ValueError:
+            continue
+        if end is not None:
+            ends.setdefault(end, folder)
+    if stage not in ends:
+        raise ValueError(
+            f"{run_dir} has no checkpoint of the end of stage {stage}; it has: {', '.join(ends) or 'none'}"
+        )
+    return ends[stage]
+
+
+def supersede(run_dir: Path, step: int) -> None:
+    """Set aside every checkpoint of a later step than the one a run goes on from, as step-N.superseded."""
+    for folder in _folders(run_dir):
+        if int(folder.name[5:]) > step:
+            aside = folder.with_suffix(".superseded")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+
+
+def checkpoints_kept(steps: int, stage_ends: list[int], how: Save) -> int:
+    """How many checkpoints lie on the disk at the end of `steps` steps, with the one that is being written."""
+    saved = sorted({*range(how.every, steps + 1, how.every), *stage_ends})
+    kept = {*saved[-how.keep :]}
+    kept |= set(stage_ends) if how.keep_stages else set()
+    kept |= {step for step in saved if how.keep_every and step % how.keep_every == 0}
+    return len(kept) + 1
+
+
+def _rank_file(rank: int) -> str:
+    return f"{ENGINE}/rank-{rank:05d}.safetensors"
+
+
+def _lock(run_dir: Path) -> int:
+    descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    give_up = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > give_up:
+                holder = os.read(descriptor, 200).decode(errors="replace")
+                os.close(descriptor)
+                raise ValueError(
+                    f"run_dir={run_dir} is in use by {holder or 'another run'}: stop that one (touch {run_dir}/STOP) "
+                    "or choose another run_dir"
+                ) from None
+            time.sleep(0.2)
+        except OSError as error:
+            print(f"{run_dir} cannot be locked ({error.strerror}): start no second run there", file=sys.stderr)
+            break
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    return descriptor
+
+
+def _commit(temporary: Path, final: Path, manifest: dict) -> None:
+    with open(temporary / "manifest.json", "w") as file:
+        json.dump(manifest | {"xxh3_128": _digest_of(manifest)}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    for folder in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
+        shards.sync(folder)
+    os.rename(temporary, final)
+    shards.sync(final.parent)
+
+
+def _digest_of(manifest: dict) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
+
+
+def _folders(run_dir: Path) -> list[Path]:
+    """Every step-N, newest first; not what is temporary or set aside."""
+    return sorted((f for f in (run_dir / "checkpoints").glob("step-*") if NAME.fullmatch(f.name)), reverse=True)
+
+
+def _prune(run_dir: Path, how: Save) -> None:
+    assert how.keep >= 2
+    complete = [folder for folder in _folders(run_dir) if (folder / "manifest.json").is_file()]
+    for folder in complete[how.keep :]:
+        step = int(folder.name[5:])
+        every = how.keep_every is not None and step % how.keep_every == 0
+        if not every and not (how.keep_stages and _is_stage_end(folder)):
+            (folder / "manifest.json").unlink()  # invisible first: what a kill leaves of a removal is no checkpoint
+            shutil.rmtree(folder)
     for folder in (run_dir / "checkpoints").glob("step-*"):
-        if not (folder / "manifest.json").is_file():
+        if folder.suffix == ".tmp" or not (folder / "manifest.json").is_file():
             shutil.rmtree(folder)
 
 
-def _digest(path: Path, flush: bool = False) -> dict:
-    digest, size = xxhash.xxh3_128(), 0
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-            size += len(chunk)
-        if flush:
-            os.fsync(file.fileno())
-    return {"size": size, "xxh3_128": digest.hexdigest()}
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def _is_stage_end(folder: Path) -> bool:
+    try:
+        return read_manifest(folder).get("stage_end") is not None
+    except ValueError:
+        return False

@@ -1,7 +1,7 @@
 """The command `prosparse VERB key=value ...`: composes configs, registers their schema, calls one function.
 
 In: Hydra overrides. Out: the verb's result, as JSON on the last line of stdout when run plainly; people read stderr.
-Hydra and OmegaConf live here only. Exit codes: 0 done, 1 failed, 2 the user's input.
+Hydra and OmegaConf live here only. Exit codes: 0 done, 1 failed, 2 the user's input, 75 stopped by request.
 """
 
 import itertools
@@ -25,6 +25,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from prosparse import config as schema
+from prosparse.checks import validate
+from prosparse.signals import Stopped, interruptible, listening
 
 SCHEMAS: dict[str, type] = {
     "train": schema.Train,
@@ -63,26 +65,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or given[0] in ("-h", "--help"):
         print(USAGE, file=sys.stderr)
         return 0 if given else 2
-    verb, *rest = given
+    with listening():
+        return _run(*given)
+
+
+def _run(verb: str, *rest: str) -> int:
     speaks = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
     running = False
     try:
         if verb not in SCHEMAS:
             raise ValueError(f"no such verb: {verb}; choose {', '.join(SCHEMAS)}")
-        flags, overrides, config_dir = _split(rest)
+        flags, overrides, config_dir = _split(list(rest))
         if flags:
             return _run_hydra(verb, flags, overrides, config_dir)
         config = compose(verb, overrides, config_dir)
         running = True
-        result = RUN[verb](config)
-    except (ValueError, OSError) as error:
-        # Every rank composes the same config, and errors that the ranks share are marked: one of them tells those.
-        if speaks or (running and not getattr(error, "shared", False)):
-            print(f"prosparse {verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        # A training meets its other ranks before it stops; the other verbs leave nothing half done.
+        result = RUN[verb](config) if verb == "train" else interruptible(lambda: RUN[verb](config))()
+    except Stopped as stopped:
+        if verb != "train" and speaks:
+            print(f"prosparse {verb}: stopped ({stopped}); nothing is half written, start it again", file=sys.stderr)
+        return 75
+    except Exception as error:
+        line = f"prosparse {verb}: {' '.join(str(error).split())}"
+        if not running or getattr(error, "shared", False):  # every rank has it: one of them tells
+            if speaks:
+                print(line, file=sys.stderr)
+        else:
+            from prosparse.group import last_words
+
+            known = isinstance(error, ValueError | OSError)
+            last_words(line if known else traceback.format_exc(), error)
         return 2 if isinstance(error, ValueError) else 1
-    except Exception:
-        traceback.print_exc()
-        return 1
     if "WORLD_SIZE" not in os.environ or os.environ["WORLD_SIZE"] == "1":
         _print_result(result)
     return 0
@@ -161,8 +175,9 @@ def _export(config: schema.Export) -> dict:
     from prosparse.models.load import load_model, load_tokenizer
 
     dtype = _dtype(config.dtype)
-    model = load_model(config.checkpoint, dtype=dtype, trust_remote_code=config.trust_remote_code)
-    tokenizer = load_tokenizer(config.checkpoint, trust_remote_code=config.trust_remote_code)
+    trust: dict = {"trust_remote_code": config.trust_remote_code}
+    model = load_model(config.checkpoint, dtype=dtype, trust_pickle=config.trust_pickle, **trust)
+    tokenizer = load_tokenizer(config.checkpoint, **trust)
     exporters = {schema.ExportFormat.hf: export_hf_model}
     return exporters[config.format](model, tokenizer, config.out, dtype)
 
@@ -184,9 +199,10 @@ def _open(config: schema.Measure | schema.ShiftCheckpoint) -> tuple[Any, Any]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    trust = config.trust_remote_code
-    model = load_model(config.checkpoint, dtype=_dtype(config.dtype), device=device, trust_remote_code=trust)
-    return model, load_tokenizer(config.checkpoint, trust_remote_code=trust)
+    trust: dict = {"trust_remote_code": config.trust_remote_code}
+    pickle = config.trust_pickle
+    model = load_model(config.checkpoint, dtype=_dtype(config.dtype), device=device, trust_pickle=pickle, **trust)
+    return model, load_tokenizer(config.checkpoint, **trust)
 
 
 def _rows(config: schema.Measure | schema.ShiftCheckpoint, tokenizer: Any, held_out: float | None) -> Any:
@@ -210,7 +226,9 @@ def _dtype(dtype: schema.Dtype) -> Any:
 
 
 def _conditions(config: schema.Measure | schema.ShiftCheckpoint, model: Any) -> dict:
-    return {"dtype": str(config.dtype), "device": str(model.device), "command": " ".join(sys.argv)}
+    from prosparse.telemetry import command
+
+    return {"dtype": str(config.dtype), "device": str(model.device), "command": command()}
 
 
 def _claim(out: str | None) -> Path | None:
@@ -327,7 +345,7 @@ def _quote(override: str) -> str:
 def _checked(raw: Any) -> Any:
     checked = OmegaConf.to_object(raw)
     _refuse_unknown(checked, "")
-    schema.validate(checked)
+    validate(checked)
     return checked
 
 

@@ -1,15 +1,12 @@
-"""The schema: plain dataclasses that type every key, and their cross-field checks.
+"""The schema: plain dataclasses that type every key. checks.py holds what must be true across keys.
 
-In: nothing. Out: `Train`, `Prepare`, `Measure`, `ShiftCheckpoint`, `Export`, the parts they are made of, and
-`validate`, which raises ValueError for whatever a user can mend in a config.
+In: nothing. Out: `Train`, `Prepare`, `Measure`, `ShiftCheckpoint`, `Export` and the parts they are made of.
 """
 
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from math import isfinite
 from typing import Any
 
-ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 MISSING: Any = "???"  # OmegaConf's mark for a value that has to be given
 
 
@@ -70,6 +67,12 @@ class Wandb(StrEnum):
 
 class ExportFormat(StrEnum):
     hf = "hf"
+
+
+class OnSpike(StrEnum):
+    none = "none"
+    log = "log"
+    rewind = "rewind"
 
 
 # --- a recipe: what happens to the model ------------------------------------------------------------------------------
@@ -190,6 +193,7 @@ class Model:
     source: str = MISSING  # Hub name, local folder, .gguf file, or package://NAME/FILE inside an installed package
     revision: str | None = None
     trust_remote_code: bool = False
+    trust_pickle: bool = False  # open weights that are no safetensors: unpickling can run whatever is in them
     shape: Shape = field(default_factory=Shape)
 
 
@@ -231,7 +235,30 @@ class Tracking:
 @dataclass
 class Save:
     every: int = 500  # steps between checkpoints; the end of a stage always has one
-    keep: int = 2  # complete checkpoints kept, at least 2
+    keep: int = 2  # newest complete checkpoints kept, at least 2
+    keep_every: int | None = None  # checkpoints of steps that this divides are kept too
+    keep_stages: bool = True  # those of stage ends are kept too; a fork starts from one
+    asynchronous: bool = False  # copy to host memory and write beside the training
+
+
+@dataclass
+class Guard:
+    """What a run does about numerical faults."""
+
+    skipped_in_a_row: int = 10  # stop, with a diagnosis, after so many windows in a row that are not finite
+    on_spike: OnSpike = OnSpike.log
+    deviations: float = 6.0  # a spike is a loss so many standard deviations above the running mean
+    memory: int = 100  # steps of the running mean and deviation
+    after: int = 20  # steps before the first judgment
+    rewinds: int = 5  # stop after so many
+
+
+@dataclass
+class Timeouts:
+    """How long a collective waits for the other ranks before the run ends."""
+
+    start_seconds: int = 7200  # while the run starts, saves, exports
+    steady_seconds: int = 600  # between steps
 
 
 @dataclass
@@ -250,6 +277,8 @@ class Train:
     tracking: Tracking = field(default_factory=Tracking)
     save: Save = field(default_factory=Save)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    guard: Guard = field(default_factory=Guard)
+    timeouts: Timeouts = field(default_factory=Timeouts)
     micro_batch: int = 1  # rows of one forward pass on one rank
     checkpointing: Checkpointing = Checkpointing.none
     attention: str = "sdpa"
@@ -259,6 +288,9 @@ class Train:
     seed: int = 0
     until: str | None = None  # a stage's name or `shift`: stop there; started again the run goes on
     resume: str = "auto"  # auto | must | never | path of a checkpoint
+    accept_versions: bool = False  # go on from a checkpoint of another major version of torch or DeepSpeed
+    fork: str | None = None  # RUN@STAGE: begin after that stage of another run
+    fork_optimizer: bool = True  # false: with new moments
 
 
 @dataclass
@@ -282,6 +314,7 @@ class Measure:
     device: str = "auto"
     threads: int | None = None
     trust_remote_code: bool = False
+    trust_pickle: bool = False
     cache: str = "~/.cache/prosparse/data"
     out: str | None = None  # folder for result.json
 
@@ -306,6 +339,7 @@ class ShiftCheckpoint:
     device: str = "auto"
     threads: int | None = None
     trust_remote_code: bool = False
+    trust_pickle: bool = False
     cache: str = "~/.cache/prosparse/data"
 
 
@@ -316,179 +350,9 @@ class Export:
     out: str = MISSING
     dtype: Dtype = Dtype.bf16
     trust_remote_code: bool = False
-
-
-# --- checks -----------------------------------------------------------------------------------------------------------
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise ValueError(message) unless `condition` holds."""
-    if not condition:
-        raise ValueError(message)
-
-
-def validate(config: Any) -> None:
-    """Check one verb's config across fields; raises ValueError that names the key and the remedy."""
-    if isinstance(config, Train):
-        validate_recipe(config.recipe)
-        _validate_train(config)
-    if isinstance(config, ShiftCheckpoint):
-        shift = Shift(config.threshold, config.budget, config.calibration_rows, config.start, config.refinements)
-        require(
-            (shift.threshold is None) != (shift.budget is None), "give either threshold=T or budget=B, for one of them"
-        )
-        _validate_shift(shift, "")
-    if isinstance(config, Measure | ShiftCheckpoint):
-        require(config.context >= 2, f"context is {config.context}: a row needs at least 2 tokens")
-        require(config.batch >= 1, f"batch is {config.batch}: give at least 1")
-        _validate_device(config.device)
-    if isinstance(config, Measure) and config.held_out is not None:
-        require(0 < config.held_out < 1, f"held_out is {config.held_out}: give a share between 0 and 1, or null")
+    trust_pickle: bool = False
 
 
 def merged_lr(lr: Lr, own: StageLr) -> Lr:
     """The recipe's learning rate with what a stage changes of it."""
     return replace(lr, **{f.name: value for f in fields(own) if (value := getattr(own, f.name)) is not None})
-
-
-def validate_recipe(recipe: Recipe) -> None:
-    """The checks of a recipe alone; raises ValueError."""
-    require(len(recipe.stages) > 0, "recipe.stages is empty: a recipe needs at least one stage")
-    require(
-        "shift" not in recipe.stages, "recipe.stages.shift: the name is taken by the shift; call the stage otherwise"
-    )
-    for name, stage in recipe.stages.items():
-        key = f"recipe.stages.{name}"
-        require(stage.steps >= 1, f"{key}.steps is {stage.steps}: a stage needs at least one step")
-        require(
-            isfinite(stage.l1.factor) and stage.l1.factor >= 0,
-            f"{key}.l1.factor is {stage.l1.factor}: give a finite number, 0 or larger",
-        )
-        for part in ("sequences", "context"):
-            value = getattr(stage.batch, part)
-            require(
-                value is None or value >= (2 if part == "context" else 1), f"{key}.batch.{part} is {value}: too small"
-            )
-        _validate_weights(stage.data, f"{key}.data")
-    first = next(iter(recipe.stages))
-    require(
-        not recipe.stages[first].reset_optimizer,
-        f"recipe.stages.{first}.reset_optimizer is true, but the first stage starts with a new optimizer anyway",
-    )
-    require(recipe.batch.sequences >= 1, f"recipe.batch.sequences is {recipe.batch.sequences}: give at least 1")
-    require(recipe.batch.context >= 2, f"recipe.batch.context is {recipe.batch.context}: a row needs at least 2 tokens")
-    _validate_activation(recipe.activation)
-    _validate_shift(recipe.shift, "recipe.shift.")
-    shifts = recipe.shift.threshold is not None or recipe.shift.budget is not None
-    require(
-        not shifts or recipe.activation.name in ("relu", "fatrelu", "drelu"),
-        f"recipe.shift needs relu, fatrelu or drelu, not {recipe.activation.name}: choose shift@recipe.shift=none",
-    )
-    require(
-        recipe.shift.threshold is None or recipe.shift.threshold >= recipe.activation.threshold,
-        f"recipe.shift.threshold is {recipe.shift.threshold}, below recipe.activation.threshold "
-        f"{recipe.activation.threshold} that the model trains with: raise it",
-    )
-    if recipe.penalty.unit is PenaltyUnit.sum_1e8:
-        m = recipe.penalty.micro_batch_sequences
-        require(
-            m is not None and m >= 1,
-            "recipe.penalty.micro_batch_sequences is needed with recipe.penalty.unit=sum_1e8: the number of sequences "
-            "whose activations the published factor summed over",
-        )
-    else:
-        require(
-            recipe.penalty.micro_batch_sequences is None,
-            "recipe.penalty.micro_batch_sequences only means something with recipe.penalty.unit=sum_1e8: remove it",
-        )
-    _validate_lr(recipe.lr, "recipe.lr")
-    for name, stage in recipe.stages.items():
-        _validate_lr(merged_lr(recipe.lr, stage.lr), f"recipe.stages.{name}.lr")
-        decay = stage.weight_decay
-        require(decay is None or decay >= 0, f"recipe.stages.{name}.weight_decay is {decay}: give 0 or larger")
-    adamw = recipe.optimizer
-    require(
-        len(adamw.betas) == 2 and all(0 <= beta < 1 for beta in adamw.betas),
-        f"recipe.optimizer.betas is {adamw.betas}: give two numbers from 0 to below 1",
-    )
-    require(adamw.eps > 0, f"recipe.optimizer.eps is {adamw.eps}: give a positive number")
-    require(adamw.weight_decay >= 0, f"recipe.optimizer.weight_decay is {adamw.weight_decay}: give 0 or larger")
-    require(recipe.optimizer.clip > 0, f"recipe.optimizer.clip is {recipe.optimizer.clip}: give a positive norm")
-
-
-def _validate_train(config: Train) -> None:
-    sources = config.data.sources
-    require(len(sources) > 0, "data.sources is empty: name at least one text source")
-    _validate_weights({name: source.weight for name, source in sources.items()}, "data.sources", ".weight")
-    for name, stage in config.recipe.stages.items():
-        for source in stage.data:
-            require(
-                source in sources,
-                f"recipe.stages.{name}.data.{source}: no such source; data.sources has {', '.join(sources)}",
-            )
-    require(0 < config.data.held_out < 1, f"data.held_out is {config.data.held_out}: give a share between 0 and 1")
-    require(config.data.processes >= 1, f"data.processes is {config.data.processes}: give at least 1")
-    require(config.micro_batch >= 1, f"micro_batch is {config.micro_batch}: give at least 1")
-    require(config.zero.stage in (1, 2, 3), f"zero.stage is {config.zero.stage}: choose 1, 2 or 3")
-    require(config.save.keep >= 2, f"save.keep is {config.save.keep}: at least 2 complete checkpoints are kept")
-    require(config.save.every >= 1, f"save.every is {config.save.every}: give at least 1")
-    require(config.evaluate.rows >= 1, f"evaluate.rows is {config.evaluate.rows}: give at least 1")
-    require(config.evaluate.every >= 0, f"evaluate.every is {config.evaluate.every}: give 0 or more")
-    require(config.threads is None or config.threads >= 1, f"threads is {config.threads}: give at least 1, or null")
-    _validate_device(config.device)
-    require(config.attention in ATTENTION, f"attention is {config.attention}: choose {', '.join(ATTENTION)}")
-    names = [*config.recipe.stages, "shift"]
-    require(
-        config.until is None or config.until in names, f"until={config.until}: no such stage; choose {', '.join(names)}"
-    )
-
-
-def _validate_activation(activation: Activation) -> None:
-    name = activation.name
-    require(
-        activation.threshold == 0 or name in ("fatrelu", "drelu"),
-        f"recipe.activation.threshold is {activation.threshold}, but {name} has none: choose fatrelu or drelu",
-    )
-    require(activation.threshold >= 0, f"recipe.activation.threshold is {activation.threshold}: give 0 or larger")
-    require(
-        activation.offset == 0 or name == "shifted_relu",
-        f"recipe.activation.offset is {activation.offset}, but {name} has none: choose activation=shifted_relu",
-    )
-
-
-def _validate_shift(shift: Shift, prefix: str) -> None:
-    require(
-        shift.threshold is None or shift.budget is None,
-        f"{prefix}threshold and {prefix}budget are both given: keep one and set the other to null",
-    )
-    require(
-        shift.threshold is None or (isfinite(shift.threshold) and shift.threshold > 0),
-        f"{prefix}threshold is {shift.threshold}: give a positive number",
-    )
-    require(
-        shift.budget is None or (isfinite(shift.budget) and shift.budget > 0),
-        f"{prefix}budget is {shift.budget}: give the rise of perplexity allowed, e.g. 0.01",
-    )
-    require(shift.start > 0, f"{prefix}start is {shift.start}: give a positive threshold")
-    require(shift.refinements >= 0, f"{prefix}refinements is {shift.refinements}: give 0 or more")
-    require(shift.calibration_rows >= 1, f"{prefix}calibration_rows is {shift.calibration_rows}: give at least 1")
-
-
-def _validate_lr(lr: Lr, key: str) -> None:
-    require(isfinite(lr.peak) and lr.peak > 0, f"{key}.peak is {lr.peak}: give a positive learning rate")
-    require(lr.warmup_steps >= 0, f"{key}.warmup_steps is {lr.warmup_steps}: give 0 or more")
-    require(0 <= lr.final_ratio <= 1, f"{key}.final_ratio is {lr.final_ratio}: give a share between 0 and 1")
-    require(lr.decay_steps is None or lr.decay_steps >= 1, f"{key}.decay_steps is {lr.decay_steps}: give at least 1")
-    require(
-        lr.schedule is not LrSchedule.wsd or lr.decay_steps is not None,
-        f"{key}.decay_steps is needed with {key}.schedule=wsd: the length of the final decay in steps",
-    )
-
-
-def _validate_weights(weights: dict[str, float], key: str, suffix: str = "") -> None:
-    for name, weight in weights.items():
-        require(isfinite(weight) and weight > 0, f"{key}.{name}{suffix} is {weight}: give a positive weight")
-
-
-def _validate_device(device: str) -> None:
-    require(device in ("auto", "cpu", "cuda"), f"device is {device}: choose auto, cpu or cuda")

@@ -263,6 +263,12 @@ def text_rows(
     return Rows([folder / f"{split}.arrow"])
 
 
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a tokenizer does to text, as a digest."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    return _hash({**backend, "truncation": None, "padding": None})  # which are not used here
+
+
 def _require_row(splits: list[dict[str, int]], where: str, context: str) -> None:
     if sum(split["rows"] for split in splits) == 0:
         has = " and ".join(f"{sum(split[count] for split in splits)} {count}" for count in ("documents", "tokens"))
@@ -286,8 +292,8 @@ def _make(
     """The folder of one source at each context length, made where the cache does not have it; tokenises once."""
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    backend = {**json.loads(tokenizer.backend_tokenizer.to_str()), "truncation": None, "padding": None}  # not used here
-    made_from = [FORMAT, UNIT_CHARACTERS, UNIT_CONTEXT, _identity(source, key), _hash(backend), control, data.held_out]
+    digest = tokenizer_digest(tokenizer)
+    made_from = [FORMAT, UNIT_CHARACTERS, UNIT_CONTEXT, _identity(source, key), digest, control, data.held_out]
     cache = Path(data.cache).expanduser()
     folders = {context: cache / _hash([made_from, context]) for context in contexts}
     missing = [context for context, folder in folders.items() if not (folder / "manifest.json").exists()]

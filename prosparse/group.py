@@ -1,13 +1,15 @@
 """The process group of a run: joining it, and agreeing in it so that no rank waits for one that failed.
 
 In: a launcher's environment (DeepSpeed, torchrun, Slurm) or none. Out: rank, rank count, device; functions whose result
-or error every rank shares.
+or error every rank shares; one message for a group that ends because of one rank.
 """
 
 import ctypes
 import os
 import socket
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -16,16 +18,22 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from prosparse.signals import Stopped
+
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+NOTICE_SECONDS = 5.0  # in which all ranks that live notice that one does not
+FAILED, ALIVE = "prosparse/failed", "prosparse/alive"  # keys in the group's store
 T = TypeVar("T")
+_control: Any = None  # a gloo group on the CPU, for what the ranks have to agree on between collectives of the engine
 
 
-def start_group(choice: str, threads: int | None, seed: int) -> tuple[int, int, torch.device]:
+def start_group(choice: str, threads: int | None, seed: int, timeout_seconds: float) -> tuple[int, int, torch.device]:
     """Join the launcher's process group, or make one of a single rank; returns (rank, ranks, device).
 
     `choice`: auto, cpu or cuda; `threads`: of this rank on the CPU, None for its share of the cores. Comes before the
     first import of deepspeed, which looks at DS_ACCELERATOR. ValueError if a GPU was asked for and there is none.
     """
+    global _control
     environment = os.environ
     for name, slurm in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
         if name not in environment and "MASTER_ADDR" in environment and slurm in environment:
@@ -56,11 +64,34 @@ def start_group(choice: str, threads: int | None, seed: int) -> tuple[int, int, 
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+        timeout = timedelta(seconds=timeout_seconds)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+        _control = dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD
+    patience(timeout_seconds)
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def _shared(error: Exception) -> Exception:
+def rank_and_world() -> tuple[int, int]:
+    """(rank, ranks) of the process group; (0, 1) without one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def patience(seconds: float) -> None:
+    """How long a collective waits for the other ranks before the run ends: long while one loads or writes."""
+    for group in {dist.group.WORLD, _control}:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def on_any_rank(*flags: bool) -> list[bool]:
+    """Each flag, true if it is on any rank (all ranks call it); on the CPU, a GPU's queue is not waited for."""
+    if dist.get_world_size() == 1:
+        return list(flags)
+    told = torch.tensor(flags, dtype=torch.uint8)
+    dist.all_reduce(told, op=dist.ReduceOp.MAX, group=_control)
+    return told.bool().tolist()
+
+
+def shared(error: BaseException) -> BaseException:
     """Mark an error that every rank raises, so that one of them tells it."""
     error.shared = True  # type: ignore[attr-defined]
     return error
@@ -68,62 +99,108 @@ def _shared(error: Exception) -> Exception:
 
 def from_rank_zero(function: Callable[[], T]) -> T:
     """Run `function`, which must not communicate, on rank 0; give every rank its result, or its error."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if rank_and_world()[1] == 1:
         return function()
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             answer[0] = function()
-        except Exception as error:  # whatever it is has to reach the others, or they wait for ever
-            kind = next((known for known in (ValueError, OSError) if isinstance(error, known)), RuntimeError)
-            answer[1] = kind(str(error))
+        except (Exception, Stopped) as error:  # whatever it is has to reach the others, or they wait for ever
+            kinds: tuple = (ValueError, OSError, Stopped)
+            kind = next((known for known in kinds if isinstance(error, known)), RuntimeError)
+            answer[1] = kind(str(error) if kind is not RuntimeError else repr(error))
     dist.broadcast_object_list(answer)
     if answer[1] is not None:
-        raise _shared(answer[1])
+        raise shared(answer[1])
     return answer[0]
 
 
 def agree(function: Callable[[], T]) -> T:
     """Run `function`, which must not communicate, on every rank; if it fails on any, every rank raises.
 
-    ValueError if all failures are, else OSError; the message is that of the first rank that failed, and names it.
+    Stopped if a rank was, ValueError if all failures are, else OSError; the message is that of the first rank that
+    failed, and names it.
     """
-    result, failure = None, None
+    result: Any = None
+    failure: tuple[type, str] | None = None
     try:
         result = function()
-    except Exception as error:  # as above
-        failure = (isinstance(error, ValueError), str(error) if isinstance(error, ValueError) else repr(error))
+    except (Exception, Stopped) as error:  # as above
+        kind = next((known for known in (ValueError, Stopped) if isinstance(error, known)), OSError)
+        failure = (kind, str(error) if isinstance(error, ValueError | OSError | Stopped) else repr(error))
     failures = [failure]
     if dist.is_initialized():
         failures = [None] * dist.get_world_size()
         dist.all_gather_object(failures, failure)
     found = [(rank, *told) for rank, told in enumerate(failures) if told is not None]
     if found:
+        kinds = {kind for _, kind, _ in found}
         rank, _, text = found[0]
         text = text if len(found) == len(failures) else f"rank {rank}: {text}"
-        raise _shared(ValueError(text) if all(mendable for _, mendable, _ in found) else OSError(text))
-    return result  # type: ignore[return-value]
+        raise shared(next(known for known in (Stopped, OSError, ValueError) if known in kinds)(text))
+    return result
 
 
-def together(function: Callable[[], T], what: str) -> T:
-    """Run `function`, which communicates, on every rank. A rank where it fails says so and ends: the launcher ends the
-    others, which wait for it inside and could not be told."""
-    try:
-        return function()
-    except Exception as error:
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            raise OSError(f"{what} failed: {error!r}") from error
-        print(f"[rank {dist.get_rank()}] {what} failed: {error!r}", file=sys.stderr, flush=True)
-        os._exit(1)
+def gathered(value: T) -> list[T]:
+    """The value of every rank, in their order (all ranks call it)."""
+    values: list[Any] = [value]
+    if rank_and_world()[1] > 1:
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
 
 
 def same_everywhere(config: Any) -> None:
     """Raise ValueError on every rank unless all of them were started with an equal config."""
-    configs = [config]
-    if dist.is_initialized():
-        configs = [None] * dist.get_world_size()
-        dist.all_gather_object(configs, config)
+    configs = gathered(config)
     odd = [rank for rank, other in enumerate(configs) if other != configs[0]]
     if odd:
         told = f"the config of rank {odd[0]} is not that of rank 0: start every rank with the same overrides"
-        raise _shared(ValueError(told))
+        raise shared(ValueError(told))
+
+
+# --- the end of a group -----------------------------------------------------------------------------------------------
+
+
+def last_words(text: str, error: BaseException) -> None:
+    """Tell, once for the whole group, why it ends: `text` of the rank where `error` is a failure of its own.
+
+    Where it is that another rank is gone or does not answer, the ranks that live find out which, and one of them says
+    so with the place where it waited. Without a group `text` is simply printed.
+    """
+    rank, world = rank_and_world()
+    if world == 1:
+        print(text, file=sys.stderr, flush=True)
+        return
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        if not _of_another_rank(error):
+            if store.add(FAILED, 1) == 1:
+                print(f"[rank {rank}] {text}", file=sys.stderr, flush=True)
+            return
+        store.set(f"{ALIVE}/{rank}", "")
+        time.sleep(NOTICE_SECONDS)
+        if store.add(FAILED, 0) > 0:  # the one that failed has told why
+            return
+        living = [other for other in range(world) if store.check([f"{ALIVE}/{other}"])]
+        gone = [other for other in range(world) if other not in living]
+        speaker = living[0]
+    except Exception:  # the store went with rank 0
+        gone, speaker = [0], 1
+    if rank == speaker:
+        where = "".join(traceback.format_tb(error.__traceback__)[-3:])
+        names = f"rank{'s' * (len(gone) > 1)} {', '.join(map(str, gone))}" if gone else "a rank"
+        print(
+            f"{names} ended without a word or did not answer (killed? out of memory? a host that is gone?); rank "
+            f"{rank} waited for it here:\n{where}{type(error).__name__}: {error}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _of_another_rank(error: BaseException) -> bool:
+    """Whether a collective failed because a peer was gone or late."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "Gloo", "NCCL", "Connection"))

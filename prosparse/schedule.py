@@ -160,6 +160,31 @@ def window_rows(recipe: Recipe, step: int, window: int) -> tuple[int, int]:
     return first + extra * largest, batch_at(recipe, step)[0]
 
 
+def history(recipe: Recipe, step: int) -> list[dict]:
+    """What the steps 1..`step` did, stage by stage; the learning rate apart. Equal histories trained alike."""
+    result = []
+    for span in spans(recipe):
+        if span.first > step:
+            break
+        last = min(span.last, step)
+        sequences, context = batch_at(recipe, span.first)
+        result.append(
+            {
+                "stage": span.name,
+                "steps": last - span.first + 1,
+                "activation": list(activation(recipe) or ("own", 0.0)),
+                "l1_factor": [l1_factor(recipe, n) for n in sorted({span.first, (span.first + last) // 2, last})],
+                "unit": [str(recipe.penalty.unit), recipe.penalty.micro_batch_sequences],
+                "sequences": sequences,
+                "context": context,
+                "data": dict(span.stage.data),
+                "weight_decay": weight_decay(recipe, span.first),
+                "reset_optimizer": span.stage.reset_optimizer,
+            }
+        )
+    return result
+
+
 def accumulation(sequences: int, micro_batch: int, ranks: int) -> int:
     """Micro-batches of one window on each rank.
 

@@ -6,6 +6,7 @@ The metrics file is the record; wandb is a view of it and never stops training.
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -56,6 +57,23 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+# --- no secrets -------------------------------------------------------------------------------------------------------
+
+
+def redact(text: str) -> str:
+    """`text` with *** for tokens, keys and passwords: those in this process's environment, Hub tokens, URL users."""
+    named = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIALS?)$", re.IGNORECASE)
+    for name, value in os.environ.items():
+        if named.search(name) and len(value) >= 8 and not value.startswith("/"):
+            text = text.replace(value, "***")
+    return re.sub(r"\bhf_\w{20,}|(?<=://)[^/\s@]+(?=@)", "***", text)
+
+
+def command() -> str:
+    """The command line of this process, without secrets."""
+    return redact(" ".join(sys.argv))
+
+
 # --- metrics.jsonl ----------------------------------------------------------------------------------------------------
 
 
@@ -72,6 +90,8 @@ class Metrics:
         again = ("trained", *AFTER_TRAINING)  # evaluated each time a run comes to its end
         rows = read_metrics(run_dir)
         kept = [row for row in rows if row["step"] <= after_step and row.get("model") not in again]
+        evaluated = (row["step"] for row in kept if row.get("model") == "training")
+        self.evaluated_step = max(evaluated, default=None)  # of the last evaluation during training
         write_atomically(self.path, "".join(f"{strict_json(row)}\n" for row in kept))
 
     def append(self, row: dict[str, Any]) -> None:

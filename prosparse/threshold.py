@@ -47,12 +47,14 @@ def shift(
     *,
     batch: int = 4,
     report: Callable[[Point], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Shifted:
     """Shift the threshold of every SparseFFN of `model`, in place; ReLU becomes FATReLU, dReLU is cut on its gate.
 
     `how.threshold`: that threshold. `how.budget`: the largest one, found by doubling from how.start and how.refinements
     bisections, whose perplexity on `rows` is at most (1 + budget) times that of the model as it came; the model stays
-    as it came if none is. `report` is called with each point. Every rank of a process group has to call it.
+    as it came if none is. `report` is called with each point, `progress` as by `measure`. Every
+    rank of a process group has to call it.
     Raises ValueError if the model's activation has no threshold, or one above how.threshold.
     """
     first = sparse_ffns(model)[0]
@@ -75,7 +77,7 @@ def shift(
         nonlocal tokens
         if threshold not in points:
             set_threshold(threshold)
-            result = measure(model, rows, batch=batch)
+            result = measure(model, rows, batch=batch, progress=progress)
             tokens = result.tokens
             points[threshold] = Point(threshold, result.sparsity, result.perplexity)
             if report is not None:

@@ -4,40 +4,34 @@ In: a `Train` config, the same on every rank. Out: a run folder (config.yaml, me
 report/) and the report as a dict.
 """
 
-import copy
 import gc
 import json
-import sys
 import time
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import yaml
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel
 
-from prosparse import checkpoint, schedule
-from prosparse.checkpoint import TrainState
-from prosparse.config import Checkpointing, Dtype, Train
-from prosparse.data import Batch, Prepared, batch, mixture, open_prepared, prepare
+from prosparse import checkpoint, guard, schedule, shards
+from prosparse.config import OnSpike, Train
+from prosparse.data import batch
+from prosparse.engine import accumulate, diagnose, less_memory, out_of_memory, set_rate
 from prosparse.exporters.hf import export_hf
 from prosparse.ffn import activation_of, set_penalty, substitute
-from prosparse.group import agree, from_rank_zero, same_everywhere, start_group
-from prosparse.models.formats import released_config
-from prosparse.models.load import load_config, load_model, load_tokenizer
+from prosparse.group import from_rank_zero, patience, shared
+from prosparse.models.load import load_model
 from prosparse.penalty import PenaltyContext, mean_abs_by_layer, new_statistics, sparsity_by_layer
 from prosparse.reporting import fairness, table, write_report
-from prosparse.sparsity import labeled, language_loss, measure, spread
+from prosparse.run import DTYPES, GB, Run, checkpoint_bytes, close, identity, open_run, resume, start_model
+from prosparse.signals import Stopped, interruptible
+from prosparse.sparsity import measure, spread
 from prosparse.telemetry import (
     Eta,
     Metrics,
-    Tracker,
+    command,
     device_name,
-    header,
     mfu,
     peak_memory,
     progress_line,
@@ -46,114 +40,117 @@ from prosparse.telemetry import (
 )
 from prosparse.threshold import shift
 
-DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
-MAX_SKIPPED_IN_A_ROW = 10
-
-
-@dataclass
-class Run:
-    """One training run on this rank; only `state` changes after it was opened."""
-
-    config: Train
-    folder: Path
-    rank: int
-    world: int
-    device: torch.device
-    base_config: PreTrainedConfig  # of the base model, before the substitution
-    tokenizer: PreTrainedTokenizerBase
-    prepared: dict[int, Prepared]  # by context
-    engine: Any  # DeepSpeed's
-    own_activation: tuple[str, float]  # the base model's
-    activation: tuple[str, float]  # what the recipe trains with
-    state: TrainState = field(default_factory=TrainState)
-    metrics: Metrics | None = None  # rank 0 only
-    tracker: Tracker | None = None  # rank 0 only
-    mixtures: dict[str, Any] = field(default_factory=dict)
-
-    def say(self, text: str) -> None:
-        if self.rank == 0:
-            print(text, file=sys.stderr, flush=True)
-
-    def log(self, row: dict) -> None:
-        if self.metrics is not None and self.tracker is not None:
-            self.metrics.append(row)
-            self.tracker.log(row)
-
-    def rows(self, step: int) -> Any:
-        """The mixture that the stage of `step` reads."""
-        stage, context = (
-            schedule.stage_at(self.config.recipe, step).stage,
-            schedule.batch_at(self.config.recipe, step)[1],
-        )
-        key = json.dumps([stage.data, context])
-        if key not in self.mixtures:
-            weights = stage.data or {name: source.weight for name, source in self.config.data.sources.items()}
-            self.mixtures[key] = mixture(self.prepared[context].train, weights, self.config.seed)
-        return self.mixtures[key]
-
-    @property
-    def held_out(self) -> Any:
-        """Held-out rows of the last stage's context."""
-        return self.prepared[
-            schedule.batch_at(self.config.recipe, schedule.total_steps(self.config.recipe))[1]
-        ].held_out
-
 
 def train(config: Train) -> dict:
     """Run `config` to its end, or to `config.until`; started again with the same config it goes on.
 
     Every rank of a launcher's group calls it; without a launcher it is a group of one. Returns the report, or
     {"run_dir", "stopped_at", "step"} if it stopped at a stage. Raises ValueError for what a user can mend, OSError if a
-    checkpoint cannot be written.
+    checkpoint cannot be written, RuntimeError for faults of the numbers, and Stopped, after it has saved, if it was
+    asked to stop.
     """
     run = open_run(config)
-    recipe, state, model = config.recipe, run.state, run.engine.module
-    total = schedule.total_steps(recipe)
-    last = next((span.last for span in schedule.spans(recipe) if span.name == config.until), total)
+    try:
+        first_evaluations(run)
+        while not train_stages(run):
+            rewind(run)
+        if config.until not in (None, "shift"):
+            save(run)
+            if run.tracker is not None:
+                run.tracker.finish({})
+            run.say(f"stopped after stage {config.until}, as until={config.until} asks; without it the run goes on")
+            return {"run_dir": str(run.folder), "stopped_at": config.until, "step": run.state.step}
+        return finish(run)
+    except Stopped as stopped:
+        stop(run, stopped)
+        raise
+    finally:
+        close(run)
 
-    # --- before the first step: the base model, and what substitution alone does to it --------------------------------
-    if state.step == 0:
+
+def first_evaluations(run: Run) -> None:
+    """Before the first step: the base model, and what substitution alone does to it."""
+    if run.state.step == 0:
+        model = run.engine.module
         substitute(model, *run.own_activation)
-        evaluate(run, model, "base")
+        evaluate(run, "base")
         substitute(model, *run.activation)
         if run.activation != run.own_activation:
-            evaluate(run, model, "substituted")
+            evaluate(run, "substituted")
 
-    # --- the stages ---------------------------------------------------------------------------------------------------
+
+def train_stages(run: Run) -> bool:
+    """The steps up to `until` or the recipe's end; False if a loss spike asks for a rewind."""
+    config, recipe, state, model = run.config, run.config.recipe, run.state, run.engine.module
+    total = schedule.total_steps(recipe)
+    last = next((span.last for span in schedule.spans(recipe) if span.name == config.until), total)
     neurons = run.base_config.get_text_config().intermediate_size
     layers = run.base_config.get_text_config().num_hidden_layers
     context = PenaltyContext(torch.zeros((), device=run.device), new_statistics(layers, run.device))
-    eta, skipped_in_a_row = Eta(), 0
+    eta, skipped_in_a_row, told_volume = Eta(), 0, False
     while state.step < last:
+        # --- what became due between the steps ------------------------------------------------------------------------
+        if run.complete:
+            commit(run)
+        if (
+            config.evaluate.every
+            and state.step % config.evaluate.every == 0
+            and state.step not in (0, run.evaluated_step)
+        ):
+            evaluate(run, "training")
+            run.evaluated_step = state.step
         began, step = time.perf_counter(), state.step + 1
         span = schedule.stage_at(recipe, step)
         if span.stage.reset_optimizer and step == span.first:
-            _forget_moments(run.engine)
+            shards.forget_moments(run.engine)
+        while state.window in state.dropped_windows:
+            state.window += 1
 
-        # the window: which rows, split into this rank's micro-batches
+        # --- the window: which rows, split into this rank's micro-batches ---------------------------------------------
         first, sequences = schedule.window_rows(recipe, step, state.window)
         starts = range(first + run.rank * config.micro_batch, first + sequences, config.micro_batch * run.world)
-        rows = [batch(run.rows(step), range(i, i + config.micro_batch)).to(run.device) for i in starts]
+        numbers = [range(i, i + config.micro_batch) for i in starts]
+        rows = [batch(run.rows(step), indices).to(run.device) for indices in numbers]
         factor = schedule.l1_factor_mean(recipe, step, neurons)
-        window = accumulate(run.engine, context, rows, factor)
+        try:
+            window = accumulate(run.engine, context, rows, factor, run.poll)
+            if config.guard.on_spike is not OnSpike.none:
+                away = guard.deviations(state.guard, window.loss, config.guard)
+                if away is not None and away > config.guard.deviations:
+                    text = f"step {step}: loss {window.loss:.3f} is {away:.1f} standard deviations above its mean"
+                    run.say(f"{text} (rows {first}-{first + sequences - 1})")
+                    if config.guard.on_spike is OnSpike.rewind:
+                        return False
 
-        # the step; one that DeepSpeed does not apply uses up its window and does not count
-        rate, decay = schedule.learning_rate(recipe, step), schedule.weight_decay(recipe, step)
-        for group in run.engine.optimizer.param_groups:
-            group["lr"], group["weight_decay"] = rate, decay if group["decays"] else 0.0
-        run.engine.step()
+            # --- the step; one that is not applied uses up its window and does not count ------------------------------
+            rate = schedule.learning_rate(recipe, step)
+            set_rate(run.engine, rate, schedule.weight_decay(recipe, step))
+            run.engine.step()
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            where = f"rank {run.rank} ran out of memory in step {step} ({device_name(run.device, 1)[4:]})"
+            raise ValueError(f"{where}: {less_memory(config, run.world)}") from error
         state.window += 1
         if not run.engine.was_step_applied():
             state.skipped, skipped_in_a_row = state.skipped + 1, skipped_in_a_row + 1
-            run.say(
-                f"step {step} not applied, its gradient is not finite: rows {first}-{first + sequences - 1} left out"
-            )
-            if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-                raise RuntimeError(f"{skipped_in_a_row} steps in a row were not applied: lower recipe.lr.peak or λ")
+            left_out = f"rows {first}-{first + sequences - 1} left out"
+            run.say(f"step {step} not applied, its loss or gradient is not finite: {left_out}")
+            if skipped_in_a_row == config.guard.skipped_in_a_row:
+                places = diagnose(run.engine, context, rows, numbers, factor)
+                raise shared(
+                    RuntimeError(
+                        f"{skipped_in_a_row} windows in a row were not finite, the last at {places}. If all "
+                        "start in one place look at those rows; else lower recipe.lr.peak or λ and go on from the last "
+                        "checkpoint"
+                    )
+                )
             continue
         state.step, state.tokens, skipped_in_a_row = step, state.tokens + window.tokens, 0
+        guard.remember(state.guard, window.loss, config.guard)
+        patience(config.timeouts.steady_seconds)
 
-        # what it was like
+        # --- what it was like -----------------------------------------------------------------------------------------
         seconds = time.perf_counter() - began
         eta.update(seconds)
         by_layer, magnitude = sparsity_by_layer(window.statistics), mean_abs_by_layer(window.statistics)
@@ -181,117 +178,24 @@ def train(config: Train) -> dict:
         }
         run.log(row)
         run.say(progress_line(row, total, eta.remaining(last - step)))
-        if config.evaluate.every and step % config.evaluate.every == 0 and step < total:
-            evaluate(run, model, "training")
+        if not told_volume and (one := eta.remaining(1)) is not None:
+            told_volume = True
+            daily = min(86400 / one, last) / config.save.every * checkpoint_bytes(run) / GB
+            run.say(f"checkpoints: at this speed about {daily:,.1f} GB are written a day")
         if step % config.save.every == 0 or step == span.last:
             save(run)
-
-    if config.until not in (None, "shift"):
-        run.say(f"stopped after stage {config.until}, as until={config.until} asks; started without it the run goes on")
-        _close(run, {})
-        return {"run_dir": str(run.folder), "stopped_at": config.until, "step": state.step}
-    del model  # finish frees it
-    return finish(run)
-
-
-@dataclass
-class Window:
-    """One global batch: mean loss over its labeled tokens, its non-padding tokens, statistics summed over the ranks."""
-
-    loss: float
-    tokens: int
-    statistics: torch.Tensor  # fp64 [layers, 3]
-
-
-def accumulate(engine: Any, context: PenaltyContext, micro_batches: list[Batch], factor: float) -> Window:
-    """Forward and backward over this rank's micro-batches of one window, up to but without the last `engine.step()`.
-
-    The gradient is that of mean loss over labeled tokens + factor · Σ_layers mean |x1|, both means over the window of
-    all ranks, however it is split into micro-batches; the engine's division by the rank count is undone here.
-    """
-    model, world = engine.module, dist.get_world_size()
-    counts = torch.tensor([_counts(b) for b in micro_batches], dtype=torch.float64, device=context.scale.device).sum(0)
-    dist.all_reduce(counts)
-    labels, tokens = counts.tolist()
-    context.scale.fill_(factor * world / tokens)
-    context.statistics.zero_()
-    loss_sum = torch.zeros((), dtype=torch.float64, device=context.scale.device)
-    set_penalty(model, context)
-    for number, data in enumerate(micro_batches):
-        last = number == len(micro_batches) - 1
-        engine.set_gradient_accumulation_boundary(last)
-        context.token_mask = data.token_mask
-        loss = language_loss(engine(input_ids=data.input_ids, use_cache=False).logits, data.labels)
-        loss_sum += loss.detach()
-        engine.backward(loss * (world / labels), scale_wrt_gas=False)
-        if not last:
-            engine.step()
-    set_penalty(model, None)
-    sums = torch.cat([context.statistics.flatten(), loss_sum[None]])
-    dist.all_reduce(sums)
-    return Window(sums[-1].item() / labels, int(tokens), sums[:-1].view_as(context.statistics))
+    return True
 
 
 # --- the phases around the loop ---------------------------------------------------------------------------------------
 
 
-def open_run(config: Train) -> Run:
-    """Everything before the first step: group, folder, text, model, substitution, engine, state."""
-    rank, world, device = start_group(config.device, config.threads, config.seed)
-    import deepspeed
-
-    deepspeed.utils.logger.setLevel("WARNING")
-    transformers_logging.set_verbosity_error()
-    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
-    folder, recipe = Path(config.run_dir).expanduser(), config.recipe
-    same_everywhere(config)
-    ds_config = agree(lambda: deepspeed_config(config, world))
-    checkpoint.claim(folder)
-
-    opening: dict = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
-    text_config = agree(lambda: _check_model(config, load_config(config.model.source, **opening)))
-    own = config.data.tokenizer
-    tokenizer = agree(lambda: load_tokenizer(own) if own else load_tokenizer(config.model.source, **opening))
-    # One rank prepares the text, all of them open it.
-    text = (config.data, tokenizer, schedule.contexts(recipe), text_config.vocab_size)
-    folders = from_rank_zero(lambda: {length: made.folders for length, made in prepare(*text).items()})
-    prepared = agree(lambda: {length: open_prepared(parts) for length, parts in folders.items()})
-    load = partial(load_model, config.model.source, dtype=DTYPES[config.dtype], device=device, **opening)
-    if config.zero.stage == 3:  # its ranks load together
-        model = load(attention=config.attention, zero3=ds_config)
-    else:
-        model = agree(lambda: load(attention=config.attention))
-    base_config, own_activation = copy.deepcopy(model.config), activation_of(model)
-    activation = schedule.activation(recipe) or own_activation
-    substitution = substitute(model, *activation)
-    if config.checkpointing is not Checkpointing.none:
-        reentrant = config.checkpointing is Checkpointing.reentrant
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    engine, *_ = deepspeed.initialize(
-        model=model.train(), optimizer=_optimizer(config, model), config=ds_config, dist_init_required=False
-    )
-    run = Run(config, folder, rank, world, device, base_config, tokenizer, prepared, engine, own_activation, activation)
-    run.state = _resume(run)
-
-    def begin() -> None:
-        plain = json.loads(json.dumps(asdict(config)))
-        checkpoint.supersede(folder, run.state.step)
-        (folder / "config.yaml").write_text(yaml.safe_dump(plain | {"versions": versions()}, sort_keys=False))
-        run.metrics = Metrics(folder, run.state.step or -1)
-        run.tracker = Tracker(config.tracking, folder, plain, run.state.tracking_id)
-        run.state.tracking_id = run.tracker.id
-
-    from_rank_zero(begin)
-    run.say(header(config, model, substitution, prepared, run.state.step, world, device))
-    return run
-
-
-def evaluate(run: Run, model: PreTrainedModel, name: str) -> dict:
-    """Measure `model` on the run's held-out rows (all ranks call it); log the evaluation row and return it."""
-    began, config = time.time(), run.config
+def evaluate(run: Run, name: str, model: PreTrainedModel | None = None) -> dict:
+    """Measure the run's model, or `model`, on its held-out rows (all ranks call it); log the row and return it."""
+    began, config, model = time.time(), run.config, model or run.engine.module
     set_penalty(model, None)
     indices = spread(len(run.held_out), config.evaluate.rows)
-    result = measure(model, run.held_out, batch=config.micro_batch, indices=indices)
+    result = measure(model, run.held_out, batch=config.micro_batch, indices=indices, progress=run.poll)
     row = {"kind": "evaluation", "model": name, "step": run.state.step, "split": "held_out", **asdict(result)}
     row["seconds"] = time.time() - began
     run.log(row)
@@ -303,31 +207,103 @@ def evaluate(run: Run, model: PreTrainedModel, name: str) -> dict:
 
 
 def save(run: Run) -> None:
-    """Commit a checkpoint of the run's last step (all ranks call it)."""
-    began = time.time()
+    """Write a checkpoint of the run's last step (all ranks call it); `commit` makes it visible.
+
+    At the end of what this start trains, and for a stage's end, it is committed at once.
+    """
+    config, state, engine = run.config, run.state, run.engine
+    if run.saver.pending:
+        commit(run)
+    if run.saved_step == state.step:
+        return
+    patience(config.timeouts.start_seconds)
+    span = schedule.stage_at(config.recipe, state.step)
     record = {
-        "identity": _identity(run),
+        "identity": identity(run),
+        "history": json.loads(json.dumps(schedule.history(config.recipe, state.step))),
+        "stage_end": span.name if state.step == span.last else None,
+        "zero_stage": config.zero.stage,
         "activation": dict(zip(("name", "param"), run.activation, strict=True)),
         "versions": versions(),
     }
+    base_config, tokenizer, generation = run.base_config, run.tokenizer, engine.module.generation_config
 
     def skeleton(folder: Path) -> None:
-        """Everything of the model but its weights, so that a checkpoint opens by itself."""
-        run.base_config.save_pretrained(folder)
-        if run.engine.module.generation_config is not None:
-            run.engine.module.generation_config.save_pretrained(folder)
-        run.tokenizer.save_pretrained(folder)
+        """What, beside the weights, opens the checkpoint as a model: the base's config and the tokenizer."""
+        base_config.save_pretrained(folder)
+        if generation is not None:
+            generation.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
-    folder = checkpoint.save(run.engine, run.folder, run.state, record, skeleton, run.config.save.keep)
-    run.say(f"saved {folder} in {time.time() - began:.1f} s")
+    run.saver.begin(engine, state, record, skeleton)
+    run.saved_step = state.step
+    if state.step == span.last:
+        commit(run)
+    patience(config.timeouts.steady_seconds)
+
+
+def commit(run: Run) -> None:
+    """Make the checkpoint on its way visible (all ranks call it)."""
+    patience(run.config.timeouts.start_seconds)
+    saved = run.saver.commit()
+    run.complete = False
+    patience(run.config.timeouts.steady_seconds)
+    blocked, size = saved.blocked_seconds, saved.bytes
+    step = int(saved.folder.name[5:])
+    run.log({"kind": "save", "step": step, "blocked_seconds": blocked, "seconds": saved.seconds, "bytes": size})
+    run.say(f"saved {saved.folder}: {size / GB:.2f} GB, training waited {blocked:.1f} s of {saved.seconds:.1f} s")
+
+
+def stop(run: Run, stopped: Stopped) -> None:
+    """Save the last applied step and let all ranks meet (all ranks call it); the half-done window is dropped."""
+    run.say(f"asked to stop ({stopped}): saving step {run.state.step}")
+    patience(run.config.timeouts.start_seconds)
+    if run.engine is not None:
+        save(run)
+    if run.saver.pending:
+        commit(run)
+    from_rank_zero(lambda: (run.folder / "STOP").unlink(missing_ok=True))
+    if run.tracker is not None:
+        run.tracker.finish({})
+    run.say(f"stopped after step {run.state.step}: start it again with the same settings and it goes on")
+
+
+def rewind(run: Run) -> None:
+    """Go back to the last checkpoint and leave out the window whose loss spiked and the one before it, which may have
+    caused it (all ranks call it). RuntimeError after guard.rewinds of them."""
+    spiked, limit = run.state, run.config.guard.rewinds
+    if run.rewinds == limit:
+        text = f"the loss spiked again after {limit} rewinds: lower recipe.lr.peak or λ, or raise guard.deviations"
+        raise shared(RuntimeError(text))
+    run.rewinds += 1
+    patience(run.config.timeouts.start_seconds)
+    if run.saver.pending:
+        commit(run)
+    run.engine.destroy()
+    run.engine = None
+    start_model(run)
+    run.state = resume(run, again=True)
+    bad = {window for window in (spiked.window - 1, spiked.window) if window >= run.state.window}
+    run.state.dropped_windows = sorted({*spiked.dropped_windows, *run.state.dropped_windows, *bad})
+    run.state.tracking_id, run.saved_step = spiked.tracking_id, run.state.step
+    run.say(f"back to step {run.state.step}; windows {sorted(bad)} are left out")
+    if run.rank == 0:
+        run.metrics = Metrics(run.folder, run.state.step or -1)
+        run.evaluated_step = run.metrics.evaluated_step
+    run.evaluated_step = from_rank_zero(lambda: run.evaluated_step)
+    run.log(
+        {"kind": "rewind", "step": run.state.step, "from_step": spiked.step, "windows": sorted(bad), "seconds": 0.0}
+    )
+    first_evaluations(run)
 
 
 def finish(run: Run) -> dict:
     """After the last step: shift, export, report (all ranks call it)."""
     config, recipe, state, model = run.config, run.config.recipe, run.state, run.engine.module
+    patience(config.timeouts.start_seconds)
     logged = from_rank_zero(lambda: read_metrics(run.folder))
     models = {row["model"]: row for row in logged if row.get("model") in ("base", "substituted")}
-    models["trained"] = evaluate(run, model, "trained")
+    models["trained"] = evaluate(run, "trained")
     report: dict[str, Any] = {
         "models": models,
         "tokens_trained": state.tokens,
@@ -335,7 +311,7 @@ def finish(run: Run) -> dict:
         "text": "held-out documents of " + ", ".join(f"{n} ({s.path})" for n, s in config.data.sources.items()),
         "dtype": str(config.dtype),
         "device": device_name(run.device, run.world),
-        "command": " ".join(sys.argv),
+        "command": command(),
         "control": str(recipe.control),
         "versions": versions(),
         "notes": [fairness(recipe.control)],
@@ -346,9 +322,10 @@ def finish(run: Run) -> dict:
         unread = sum(schedule.window_rows(recipe, state.step, state.window - 1))
         rows = [run.rows(state.step)[unread + i] for i in range(recipe.shift.calibration_rows)]
         run.say(f"shifting the threshold on the {len(rows)} training rows after those that were read")
-        shifted = shift(model, rows, recipe.shift, batch=config.micro_batch, report=lambda p: run.say(str(p)))
+        say = lambda point: run.say(str(point))  # noqa: E731
+        shifted = shift(model, rows, recipe.shift, batch=config.micro_batch, report=say, progress=run.poll)
         report["shift"] = shifted.to_dict()
-        models["shifted"] = evaluate(run, model, "shifted")
+        models["shifted"] = evaluate(run, "shifted")
     if config.until != "shift":
         activation, generation = activation_of(model), model.generation_config
         weights = checkpoint.gather(run.engine)
@@ -359,128 +336,17 @@ def finish(run: Run) -> dict:
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
         target, dtype = run.folder / "model", DTYPES[config.dtype]
-        report["export"] = from_rank_zero(
-            lambda: export_hf(weights, run.base_config, *activation, run.tokenizer, generation, target, dtype)
-        )
-        del weights
-        models["exported"] = evaluate(run, load_model(target, dtype=dtype, device=run.device), "exported")
+        export = (weights, run.base_config, *activation, run.tokenizer, generation, target, dtype)
+        report["export"] = from_rank_zero(interruptible(lambda: export_hf(*export)))
+        del weights, export
+        exported = load_model(target, dtype=dtype, device=run.device)
+        models["exported"] = evaluate(run, "exported", exported)
     rows = from_rank_zero(lambda: read_metrics(run.folder))
-    report["seconds"] = sum(row.get("step_seconds") or row["seconds"] for row in rows)
+    report["seconds"] = sum(row.get("step_seconds") or row.get("blocked_seconds") or row["seconds"] for row in rows)
     folder = from_rank_zero(lambda: write_report(run.folder, report))
     run.say(f"\n{table(report)}\n\nreport: {folder}")
     if "export" in report:
         run.say(f"model: {run.folder / 'model'}")
-    _close(run, {path.stem: path for path in sorted(folder.glob("*.png"))})
-    return report
-
-
-def deepspeed_config(config: Train, world: int) -> dict:
-    """DeepSpeed's config, derived from the typed keys; raises ValueError for a zero.extra key that contradicts one."""
-    recipe, zero = config.recipe, config.zero
-    batches = [schedule.batch_at(recipe, span.first)[0] for span in schedule.spans(recipe)]
-    steps = [schedule.accumulation(batch, config.micro_batch, world) for batch in batches]  # every stage has to divide
-    overlap = zero.overlap_comm if zero.overlap_comm is not None else (None if zero.stage == 3 else False)
-    own = {"stage": zero.stage} | ({} if overlap is None else {"overlap_comm": overlap})
-    for key in zero.extra:
-        if key in ("stage", "overlap_comm"):
-            raise ValueError(f"zero.extra.{key} contradicts zero.{key}: set zero.{key} instead")
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    try:
-        DeepSpeedZeroConfig(**own, **zero.extra)
-    except ValueError as error:
-        raise ValueError(f"zero.extra: {error}: see DeepSpeed's zero_optimization for its keys") from error
-    return {
-        "train_micro_batch_size_per_gpu": config.micro_batch,
-        "gradient_accumulation_steps": steps[0],
-        "bf16": {"enabled": config.dtype is Dtype.bf16},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "gradient_clipping": recipe.optimizer.clip,
-        "zero_optimization": own | zero.extra,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 2**31,
-    }
-
-
-# --- parts ------------------------------------------------------------------------------------------------------------
-
-
-def _check_model(config: Train, whole: PreTrainedConfig) -> Any:
-    """The text config of the base model, if it is the one described, takes the context and can be exported."""
-    text_config, recipe = whole.get_text_config(), config.recipe
-    own = (getattr(text_config, "hidden_act", "silu"), 0.0)
-    activation = schedule.activation(recipe) or own
-    released_config(whole, *activation)
-    if schedule.shifts(recipe):
-        released_config(whole, "drelu" if activation[0] == "drelu" else "fatrelu", 1.0)
-    longest, limit = schedule.contexts(recipe)[-1], getattr(text_config, "max_position_embeddings", None)
-    if limit is not None and longest > limit:
-        raise ValueError(f"recipe.batch.context is {longest}, but {config.model.source} has only {limit} positions")
-    for key, wanted in asdict(config.model.shape).items():
-        found = getattr(text_config, key, None)
-        if wanted is not None and wanted != found:
-            raise ValueError(f"model.shape.{key} is {wanted}, but {config.model.source} has {found}: mend one of them")
-    return text_config
-
-
-def _identity(run: Run) -> dict:
-    """What must not change between the parts of one run."""
-    whole = asdict(run.config)
-    kept = {key: whole[key] for key in ("model", "recipe", "seed", "dtype")}
-    kept["order of recipe.stages"] = list(whole["recipe"]["stages"])
-    kept["data.sources weights"] = {name: source["weight"] for name, source in whole["data"]["sources"].items()}
-    kept["digest of the rows"] = {str(length): made.digest for length, made in run.prepared.items()}
-    return json.loads(json.dumps(kept | {"zero": {"stage": run.config.zero.stage}}))
-
-
-def _resume(run: Run) -> TrainState:
-    how, folder = run.config.resume, run.folder
-    newest = None if how == "never" else from_rank_zero(lambda: checkpoint.find(folder))
-    if how == "never" and from_rank_zero(lambda: any((folder / "checkpoints").glob("step-*"))):
-        raise ValueError(f"resume=never, but {folder} has checkpoints: choose another run_dir or resume=auto")
-    if how == "must" and newest is None:
-        raise ValueError(f"resume=must, but {folder} has no complete checkpoint: check run_dir or use resume=auto")
-    chosen = newest if how in ("auto", "must", "never") else Path(how).expanduser()
-    if chosen is None:
-        return TrainState()
-    found = from_rank_zero(lambda: checkpoint.read_manifest(chosen))
-    difference = checkpoint.difference(found["identity"], _identity(run))
-    if difference is not None:
-        raise ValueError(f"{chosen} was trained otherwise: {difference}: use the same settings or another run_dir")
-    return TrainState(**checkpoint.restore(run.engine, chosen)["state"])
-
-
-def _optimizer(config: Train, model: PreTrainedModel) -> torch.optim.AdamW:
-    """AdamW; a group says whether it decays: matrices do, norms and biases do not."""
-    settings = config.recipe.optimizer
-    groups: tuple[list[Any], list[Any]] = ([], [])
-    for parameter in model.parameters():
-        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))  # ds_shape: partitioned by ZeRO-3
-        groups[0 if dimensions >= 2 else 1].append(parameter)
-    options: list[dict] = [{"params": group, "decays": group is groups[0]} for group in groups if group]
-    return torch.optim.AdamW(
-        options,
-        lr=config.recipe.lr.peak,
-        betas=(settings.betas[0], settings.betas[1]),
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-
-
-def _forget_moments(engine: Any) -> None:
-    """Zero AdamW's moments and step counts."""
-    for values in engine.optimizer.optimizer.state.values():
-        for value in values.values():
-            if torch.is_tensor(value):
-                value.zero_()
-
-
-def _counts(data: Batch) -> list[int]:
-    """[labeled tokens, non-padding tokens]"""
-    return [labeled(data.labels), data.input_ids.numel() if data.token_mask is None else int(data.token_mask.sum())]
-
-
-def _close(run: Run, images: dict[str, Path]) -> None:
     if run.tracker is not None:
-        run.tracker.finish(images)
+        run.tracker.finish({path.stem: path for path in sorted(folder.glob("*.png"))})
+    return report

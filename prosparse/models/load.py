@@ -7,7 +7,7 @@ Out: its model in eval mode, its config or its tokenizer. No code of a source ru
 import importlib.util
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from transformers import (
 from transformers.utils import logging
 
 import prosparse.models  # noqa: F401  (registers the sparse classes)
-from prosparse import checkpoint
+from prosparse import checkpoint, shards
 from prosparse.ffn import substitute
 
 PACKAGE = "package://"
@@ -42,6 +42,7 @@ def load_model(
     attention: str = "sdpa",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    trust_pickle: bool = False,
     zero3: dict | None = None,
 ) -> PreTrainedModel:
     """The model in `source` with its own activation, in `dtype`, on `device`, in eval mode.
@@ -73,7 +74,7 @@ def load_model(
                 attn_implementation=attention,
                 revision=revision,
                 trust_remote_code=trust_remote_code,
-                use_safetensors=None if trust_remote_code else True,
+                use_safetensors=None if trust_pickle else True,
                 output_loading_info=True,
             )
         model, report = loaded
@@ -164,11 +165,8 @@ def _without_gguf(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _load_checkpoint(folder: Path, manifest: dict, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """The model of a run's checkpoint, from the fp32 master weights in the engine's files."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        state_dict = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=checkpoint.ENGINE)
+    """The model of a run's checkpoint, from the fp32 master weights in the ranks' files."""
+    state_dict = shards.read_weights(checkpoint.rank_files(folder, manifest), manifest["shapes"])
     model = build_model(load_config(folder), state_dict, dtype, attention)
     if (folder / "skeleton" / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder / "skeleton")

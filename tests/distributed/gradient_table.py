@@ -19,10 +19,10 @@ from conftest import tiny_llama
 from prosparse.cli import compose
 from prosparse.config import Checkpointing
 from prosparse.data import Batch
+from prosparse.engine import accumulate, deepspeed_config
 from prosparse.ffn import sparse_ffns, substitute
 from prosparse.group import start_group
 from prosparse.penalty import COUNT, MAGNITUDE, NONZERO, PenaltyContext, new_statistics
-from prosparse.trainer import accumulate, deepspeed_config
 
 FACTOR, SEQUENCES, CONTEXT = 0.7, 8, 16
 

@@ -1,0 +1,210 @@
+"""What must be true across the keys of a config.
+
+In: a config object of any verb. Out: nothing, or ValueError that names the key and the remedy.
+"""
+
+from math import isfinite
+from typing import Any
+
+from prosparse.config import (
+    Activation,
+    Guard,
+    Lr,
+    LrSchedule,
+    Measure,
+    PenaltyUnit,
+    Recipe,
+    Shift,
+    ShiftCheckpoint,
+    Train,
+    merged_lr,
+)
+
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def validate(config: Any) -> None:
+    """Check one verb's config across fields; raises ValueError that names the key and the remedy."""
+    if isinstance(config, Train):
+        validate_recipe(config.recipe)
+        _validate_train(config)
+    if isinstance(config, ShiftCheckpoint):
+        shift = Shift(config.threshold, config.budget, config.calibration_rows, config.start, config.refinements)
+        require(
+            (shift.threshold is None) != (shift.budget is None), "give either threshold=T or budget=B, for one of them"
+        )
+        _validate_shift(shift, "")
+    if isinstance(config, Measure | ShiftCheckpoint):
+        require(config.context >= 2, f"context is {config.context}: a row needs at least 2 tokens")
+        require(config.batch >= 1, f"batch is {config.batch}: give at least 1")
+        _validate_device(config.device)
+    if isinstance(config, Measure) and config.held_out is not None:
+        require(0 < config.held_out < 1, f"held_out is {config.held_out}: give a share between 0 and 1, or null")
+
+
+def validate_recipe(recipe: Recipe) -> None:
+    """The checks of a recipe alone; raises ValueError."""
+    require(len(recipe.stages) > 0, "recipe.stages is empty: a recipe needs at least one stage")
+    require(
+        "shift" not in recipe.stages, "recipe.stages.shift: the name is taken by the shift; call the stage otherwise"
+    )
+    for name, stage in recipe.stages.items():
+        key = f"recipe.stages.{name}"
+        require(stage.steps >= 1, f"{key}.steps is {stage.steps}: a stage needs at least one step")
+        require(
+            isfinite(stage.l1.factor) and stage.l1.factor >= 0,
+            f"{key}.l1.factor is {stage.l1.factor}: give a finite number, 0 or larger",
+        )
+        for part in ("sequences", "context"):
+            value = getattr(stage.batch, part)
+            require(
+                value is None or value >= (2 if part == "context" else 1), f"{key}.batch.{part} is {value}: too small"
+            )
+        _validate_weights(stage.data, f"{key}.data")
+    first = next(iter(recipe.stages))
+    require(
+        not recipe.stages[first].reset_optimizer,
+        f"recipe.stages.{first}.reset_optimizer is true, but the first stage starts with a new optimizer anyway",
+    )
+    require(recipe.batch.sequences >= 1, f"recipe.batch.sequences is {recipe.batch.sequences}: give at least 1")
+    require(recipe.batch.context >= 2, f"recipe.batch.context is {recipe.batch.context}: a row needs at least 2 tokens")
+    _validate_activation(recipe.activation)
+    _validate_shift(recipe.shift, "recipe.shift.")
+    shifts = recipe.shift.threshold is not None or recipe.shift.budget is not None
+    require(
+        not shifts or recipe.activation.name in ("relu", "fatrelu", "drelu"),
+        f"recipe.shift needs relu, fatrelu or drelu, not {recipe.activation.name}: choose shift@recipe.shift=none",
+    )
+    require(
+        recipe.shift.threshold is None or recipe.shift.threshold >= recipe.activation.threshold,
+        f"recipe.shift.threshold is {recipe.shift.threshold}, below recipe.activation.threshold "
+        f"{recipe.activation.threshold} that the model trains with: raise it",
+    )
+    if recipe.penalty.unit is PenaltyUnit.sum_1e8:
+        m = recipe.penalty.micro_batch_sequences
+        require(
+            m is not None and m >= 1,
+            "recipe.penalty.micro_batch_sequences is needed with recipe.penalty.unit=sum_1e8: the number of sequences "
+            "whose activations the published factor summed over",
+        )
+    else:
+        require(
+            recipe.penalty.micro_batch_sequences is None,
+            "recipe.penalty.micro_batch_sequences only means something with recipe.penalty.unit=sum_1e8: remove it",
+        )
+    _validate_lr(recipe.lr, "recipe.lr")
+    for name, stage in recipe.stages.items():
+        _validate_lr(merged_lr(recipe.lr, stage.lr), f"recipe.stages.{name}.lr")
+        decay = stage.weight_decay
+        require(decay is None or decay >= 0, f"recipe.stages.{name}.weight_decay is {decay}: give 0 or larger")
+    adamw = recipe.optimizer
+    require(
+        len(adamw.betas) == 2 and all(0 <= beta < 1 for beta in adamw.betas),
+        f"recipe.optimizer.betas is {adamw.betas}: give two numbers from 0 to below 1",
+    )
+    require(adamw.eps > 0, f"recipe.optimizer.eps is {adamw.eps}: give a positive number")
+    require(adamw.weight_decay >= 0, f"recipe.optimizer.weight_decay is {adamw.weight_decay}: give 0 or larger")
+    require(recipe.optimizer.clip > 0, f"recipe.optimizer.clip is {recipe.optimizer.clip}: give a positive norm")
+
+
+def _validate_train(config: Train) -> None:
+    sources = config.data.sources
+    require(len(sources) > 0, "data.sources is empty: name at least one text source")
+    _validate_weights({name: source.weight for name, source in sources.items()}, "data.sources", ".weight")
+    for name, stage in config.recipe.stages.items():
+        for source in stage.data:
+            require(
+                source in sources,
+                f"recipe.stages.{name}.data.{source}: no such source; data.sources has {', '.join(sources)}",
+            )
+    require(0 < config.data.held_out < 1, f"data.held_out is {config.data.held_out}: give a share between 0 and 1")
+    require(config.data.processes >= 1, f"data.processes is {config.data.processes}: give at least 1")
+    require(config.micro_batch >= 1, f"micro_batch is {config.micro_batch}: give at least 1")
+    require(config.zero.stage in (1, 2, 3), f"zero.stage is {config.zero.stage}: choose 1, 2 or 3")
+    require(config.save.keep >= 2, f"save.keep is {config.save.keep}: at least 2 complete checkpoints are kept")
+    require(config.save.every >= 1, f"save.every is {config.save.every}: give at least 1")
+    every = config.save.keep_every
+    require(every is None or every >= 1, f"save.keep_every is {every}: give at least 1, or null")
+    _validate_guard(config.guard)
+    for name, seconds in vars(config.timeouts).items():
+        require(seconds >= 1, f"timeouts.{name} is {seconds}: give at least 1")
+    if config.fork is not None:
+        parent, at, end = config.fork.rpartition("@")
+        require(bool(parent and at), f"fork={config.fork}: write RUN@STAGE, a run folder and one of its stages")
+        require(
+            end in config.recipe.stages,
+            f"fork={config.fork}: the recipe has no stage {end}; choose {', '.join(config.recipe.stages)}",
+        )
+    require(config.evaluate.rows >= 1, f"evaluate.rows is {config.evaluate.rows}: give at least 1")
+    require(config.evaluate.every >= 0, f"evaluate.every is {config.evaluate.every}: give 0 or more")
+    require(config.threads is None or config.threads >= 1, f"threads is {config.threads}: give at least 1, or null")
+    _validate_device(config.device)
+    require(config.attention in ATTENTION, f"attention is {config.attention}: choose {', '.join(ATTENTION)}")
+    names = [*config.recipe.stages, "shift"]
+    require(
+        config.until is None or config.until in names, f"until={config.until}: no such stage; choose {', '.join(names)}"
+    )
+
+
+def _validate_guard(guard: Guard) -> None:
+    for name in ("skipped_in_a_row", "memory", "rewinds"):
+        require(getattr(guard, name) >= 1, f"guard.{name} is {getattr(guard, name)}: give at least 1")
+    require(guard.deviations > 0, f"guard.deviations is {guard.deviations}: give a positive number")
+    require(guard.after >= 2, f"guard.after is {guard.after}: a deviation needs at least 2 losses")
+
+
+def _validate_activation(activation: Activation) -> None:
+    name = activation.name
+    require(
+        activation.threshold == 0 or name in ("fatrelu", "drelu"),
+        f"recipe.activation.threshold is {activation.threshold}, but {name} has none: choose fatrelu or drelu",
+    )
+    require(activation.threshold >= 0, f"recipe.activation.threshold is {activation.threshold}: give 0 or larger")
+    require(
+        activation.offset == 0 or name == "shifted_relu",
+        f"recipe.activation.offset is {activation.offset}, but {name} has none: choose activation=shifted_relu",
+    )
+
+
+def _validate_shift(shift: Shift, prefix: str) -> None:
+    require(
+        shift.threshold is None or shift.budget is None,
+        f"{prefix}threshold and {prefix}budget are both given: keep one and set the other to null",
+    )
+    require(
+        shift.threshold is None or (isfinite(shift.threshold) and shift.threshold > 0),
+        f"{prefix}threshold is {shift.threshold}: give a positive number",
+    )
+    require(
+        shift.budget is None or (isfinite(shift.budget) and shift.budget > 0),
+        f"{prefix}budget is {shift.budget}: give the rise of perplexity allowed, e.g. 0.01",
+    )
+    require(shift.start > 0, f"{prefix}start is {shift.start}: give a positive threshold")
+    require(shift.refinements >= 0, f"{prefix}refinements is {shift.refinements}: give 0 or more")
+    require(shift.calibration_rows >= 1, f"{prefix}calibration_rows is {shift.calibration_rows}: give at least 1")
+
+
+def _validate_lr(lr: Lr, key: str) -> None:
+    require(isfinite(lr.peak) and lr.peak > 0, f"{key}.peak is {lr.peak}: give a positive learning rate")
+    require(lr.warmup_steps >= 0, f"{key}.warmup_steps is {lr.warmup_steps}: give 0 or more")
+    require(0 <= lr.final_ratio <= 1, f"{key}.final_ratio is {lr.final_ratio}: give a share between 0 and 1")
+    require(lr.decay_steps is None or lr.decay_steps >= 1, f"{key}.decay_steps is {lr.decay_steps}: give at least 1")
+    require(
+        lr.schedule is not LrSchedule.wsd or lr.decay_steps is not None,
+        f"{key}.decay_steps is needed with {key}.schedule=wsd: the length of the final decay in steps",
+    )
+
+
+def _validate_weights(weights: dict[str, float], key: str, suffix: str = "") -> None:
+    for name, weight in weights.items():
+        require(isfinite(weight) and weight > 0, f"{key}.{name}{suffix} is {weight}: give a positive weight")
+
+
+def _validate_device(device: str) -> None:
+    require(device in ("auto", "cpu", "cuda"), f"device is {device}: choose auto, cpu or cuda")

@@ -1,0 +1,193 @@
+"""DeepSpeed around a model: its derived config, its optimizer, and one window's forward and backward.
+
+In: a `Train` config, a model, micro-batches. Out: an engine whose gradient is that of the whole window, however it is
+split over micro-batches and ranks.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from prosparse import schedule
+from prosparse.config import Dtype, Train
+from prosparse.data import Batch
+from prosparse.ffn import set_penalty
+from prosparse.group import gathered
+from prosparse.guard import watching
+from prosparse.penalty import PenaltyContext
+from prosparse.sparsity import labeled, language_loss
+
+
+@dataclass
+class Window:
+    """One global batch: mean loss over its labeled tokens, its non-padding tokens, statistics summed over the ranks."""
+
+    loss: float
+    tokens: int
+    statistics: torch.Tensor  # fp64 [layers, 3]
+
+
+def accumulate(
+    engine: Any,
+    context: PenaltyContext,
+    micro_batches: list[Batch],
+    factor: float,
+    poll: Callable[[], None] = lambda: None,
+) -> Window:
+    """Forward and backward over this rank's micro-batches of one window, up to but without the last `engine.step()`.
+
+    The gradient is that of mean loss over labeled tokens + factor · Σ_layers mean |x1|, both means over the window of
+    all ranks, however it is split into micro-batches; the engine's division by the rank count is undone here. A loss
+    that is not finite makes the gradient so. `poll` is called before each micro-batch and may raise on all ranks.
+    """
+    model, world = engine.module, dist.get_world_size()
+    counts = torch.tensor([_counts(b) for b in micro_batches], dtype=torch.float64, device=context.scale.device).sum(0)
+    dist.all_reduce(counts)
+    labels, tokens = counts.tolist()
+    context.scale.fill_(factor * world / tokens)
+    context.statistics.zero_()
+    loss_sum = torch.zeros((), dtype=torch.float64, device=context.scale.device)
+    set_penalty(model, context)
+    try:
+        for number, data in enumerate(micro_batches):
+            poll()
+            last = number == len(micro_batches) - 1
+            engine.set_gradient_accumulation_boundary(last)
+            context.token_mask = data.token_mask
+            loss = language_loss(engine(input_ids=data.input_ids, use_cache=False).logits, data.labels)
+            loss_sum += loss.detach()
+            finite = torch.where(
+                loss.detach().isfinite(), 1.0, torch.nan
+            )  # an infinite loss can have a finite gradient
+            engine.backward(loss * (world / labels) * finite, scale_wrt_gas=False)
+            if not last:
+                engine.step()
+    finally:
+        set_penalty(model, None)
+    sums = torch.cat([context.statistics.flatten(), loss_sum[None]])
+    dist.all_reduce(sums)
+    return Window(sums[-1].item() / labels, int(tokens), sums[:-1].view_as(context.statistics))
+
+
+def diagnose(engine: Any, context: PenaltyContext, micro_batches: list[Batch], rows: list[range], factor: float) -> str:
+    """Where the values of a window stop to be finite: rank, rows and modules, in words (all ranks call it).
+
+    `rows` are the row numbers of each micro-batch. The engine's gradients are used up.
+    """
+    found: list[str] = []
+    numbers, told = iter(rows), rows[0]
+    with watching(engine.module) as places:
+
+        def next_rows() -> None:
+            if places:
+                found.append(f"rows {told.start}-{told.stop - 1}: {', '.join(places)}")
+                places.clear()
+
+        def poll() -> None:
+            nonlocal told
+            next_rows()
+            told = next(numbers)
+
+        accumulate(engine, context, micro_batches, factor, poll)
+        next_rows()
+    ranks = gathered(found)
+    words = [f"rank {rank}, {entry}" for rank, entries in enumerate(ranks) for entry in entries[:2]]
+    return "; ".join(words[:8]) or "every output and its gradient is finite, only their sum over the window is not"
+
+
+def set_rate(engine: Any, rate: float, decay: float) -> None:
+    """Learning rate and weight decay of the next step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"], group["weight_decay"] = rate, decay if group["decays"] else 0.0
+
+
+def start_engine(config: Train, model: PreTrainedModel, ds_config: dict) -> Any:
+    """DeepSpeed's engine around `model` with AdamW."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(
+        model=model.train(), optimizer=_optimizer(config, model), config=ds_config, dist_init_required=False
+    )
+    return engine
+
+
+def deepspeed_config(config: Train, world: int) -> dict:
+    """DeepSpeed's config, derived from the typed keys; raises ValueError for a zero.extra key that contradicts one."""
+    recipe, zero = config.recipe, config.zero
+    batches = [schedule.batch_at(recipe, span.first)[0] for span in schedule.spans(recipe)]
+    steps = [schedule.accumulation(batch, config.micro_batch, world) for batch in batches]  # every stage has to divide
+    overlap = zero.overlap_comm if zero.overlap_comm is not None else (None if zero.stage == 3 else False)
+    own = {"stage": zero.stage} | ({} if overlap is None else {"overlap_comm": overlap})
+    for key in zero.extra:
+        if key in ("stage", "overlap_comm"):
+            raise ValueError(f"zero.extra.{key} contradicts zero.{key}: set zero.{key} instead")
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**own, **zero.extra)
+    except ValueError as error:
+        raise ValueError(f"zero.extra: {error}: see DeepSpeed's zero_optimization for its keys") from error
+    return {
+        "train_micro_batch_size_per_gpu": config.micro_batch,
+        "gradient_accumulation_steps": steps[0],
+        "bf16": {"enabled": config.dtype is Dtype.bf16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "gradient_clipping": recipe.optimizer.clip,
+        "zero_optimization": own | zero.extra,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+    }
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on a CPU."""
+    cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or cpu
+
+
+def less_memory(config: Train, world: int) -> str:
+    """The next keys to set after a rank ran out of memory; the rows of a window and its gradient stay the same."""
+    batches = [schedule.batch_at(config.recipe, span.first)[0] for span in schedule.spans(config.recipe)]
+    smaller = [m for m in range(1, config.micro_batch) if all(batch % (m * world) == 0 for batch in batches)]
+    if smaller:
+        return (
+            f"set micro_batch={smaller[-1]} (it is {config.micro_batch}; rows and gradient of a window stay the same)"
+        )
+    if config.checkpointing == "none":
+        return f"micro_batch is {config.micro_batch} already: set checkpointing=non_reentrant"
+    if config.zero.stage < 3:
+        return f"set zero=zero{config.zero.stage + 1}, or start more ranks (a checkpoint goes on with either)"
+    return "start more ranks (a checkpoint goes on with them), or shorten recipe.batch.context in a new run"
+
+
+def _optimizer(config: Train, model: PreTrainedModel) -> torch.optim.AdamW:
+    """AdamW; a group says whether it decays: matrices do, norms and biases do not."""
+    settings = config.recipe.optimizer
+    groups: tuple[list[Any], list[Any]] = ([], [])
+    for parameter in model.parameters():
+        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))  # ds_shape: partitioned by ZeRO-3
+        groups[0 if dimensions >= 2 else 1].append(parameter)
+    options: list[dict] = [{"params": group, "decays": group is groups[0]} for group in groups if group]
+    return torch.optim.AdamW(
+        options,
+        lr=config.recipe.lr.peak,
+        betas=(settings.betas[0], settings.betas[1]),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+def _counts(data: Batch) -> list[int]:
+    """[labeled tokens, non-padding tokens]"""
+    return [labeled(data.labels), data.input_ids.numel() if data.token_mask is None else int(data.token_mask.sum())]
+
+
+def plain(config: Train) -> dict:
+    """The config as JSON knows it."""
+    return json.loads(json.dumps(asdict(config)))

@@ -1,0 +1,299 @@
+"""A run on one rank: opening it, its model, where it goes on from, letting go of it.
+
+In: a `Train` config, the same on every rank. Out: a `Run` whose engine and state are ready for the next step.
+"""
+
+import copy
+import json
+import os
+import shutil
+import sys
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from prosparse import checkpoint, schedule, shards, signals
+from prosparse.checkpoint import Saver, TrainState
+from prosparse.config import Checkpointing, Dtype, Train
+from prosparse.data import Prepared, mixture, open_prepared, prepare, tokenizer_digest
+from prosparse.engine import deepspeed_config, plain, start_engine
+from prosparse.ffn import activation_of, substitute
+from prosparse.group import agree, from_rank_zero, on_any_rank, same_everywhere, shared, start_group
+from prosparse.models.formats import released_config
+from prosparse.models.load import load_config, load_model, load_tokenizer
+from prosparse.signals import Stopped, interruptible
+from prosparse.telemetry import Metrics, Tracker, header, redact, versions
+
+DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
+GB = 1e9
+
+
+@dataclass
+class Run:
+    """One training run on this rank."""
+
+    config: Train
+    folder: Path
+    rank: int
+    world: int
+    device: torch.device
+    tokenizer: PreTrainedTokenizerBase
+    prepared: dict[int, Prepared]  # by context
+    saver: Saver
+    lock: int | None  # rank 0's, of the folder
+    engine: Any = None  # DeepSpeed's; None after the export has freed it
+    base_config: PreTrainedConfig = None  # type: ignore[assignment]  # of the base model, before the substitution
+    own_activation: tuple[str, float] = ("", 0.0)  # the base model's
+    activation: tuple[str, float] = ("", 0.0)  # what the recipe trains with
+    state: TrainState = field(default_factory=TrainState)
+    saved_step: int = 0  # of the newest checkpoint, committed or on its way
+    evaluated_step: int | None = None  # of the last evaluation during training
+    complete: bool = False  # whether the checkpoint on its way is on the disk, on every rank
+    rewinds: int = 0
+    metrics: Metrics | None = None  # rank 0 only
+    tracker: Tracker | None = None  # rank 0 only
+    mixtures: dict[str, Any] = field(default_factory=dict)
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, file=sys.stderr, flush=True)
+
+    def log(self, row: dict) -> None:
+        if self.metrics is not None and self.tracker is not None:
+            self.metrics.append(row)
+            self.tracker.log(row)
+
+    def poll(self, *_: Any) -> None:
+        """Before each micro-batch and evaluation pass, all ranks: raise Stopped on all if one was asked to stop."""
+        stop, unwritten = on_any_rank(signals.asked() is not None, not self.saver.ready)
+        self.complete = self.saver.pending and not unwritten
+        if stop:
+            raise shared(Stopped(signals.asked() or "another rank was asked"))
+
+    def rows(self, step: int) -> Any:
+        """The mixture that the stage of `step` reads."""
+        stage, context = (
+            schedule.stage_at(self.config.recipe, step).stage,
+            schedule.batch_at(self.config.recipe, step)[1],
+        )
+        key = json.dumps([stage.data, context])
+        if key not in self.mixtures:
+            weights = stage.data or {name: source.weight for name, source in self.config.data.sources.items()}
+            self.mixtures[key] = mixture(self.prepared[context].train, weights, self.config.seed)
+        return self.mixtures[key]
+
+    @property
+    def held_out(self) -> Any:
+        """Held-out rows of the last stage's context."""
+        return self.prepared[
+            schedule.batch_at(self.config.recipe, schedule.total_steps(self.config.recipe))[1]
+        ].held_out
+
+
+def open_run(config: Train) -> Run:
+    """Everything before the first step: group, folder, text, model, substitution, engine, state."""
+    rank, world, device = start_group(config.device, config.threads, config.seed, config.timeouts.start_seconds)
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel("WARNING")
+    transformers_logging.set_verbosity_error()
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+    folder, recipe = Path(config.run_dir).expanduser(), config.recipe
+    same_everywhere(config)
+    agree(lambda: deepspeed_config(config, world))
+    lock = checkpoint.claim(folder)
+    if rank == 0:
+        signals.obey(folder / "STOP")
+
+    text_config = agree(lambda: _check_model(config, load_config(config.model.source, **_opening(config))))
+    own = config.data.tokenizer
+    tokenizer = agree(lambda: load_tokenizer(own) if own else load_tokenizer(config.model.source, **_opening(config)))
+    # One rank prepares the text, all of them open it.
+    text = (config.data, tokenizer, schedule.contexts(recipe), text_config.vocab_size)
+    folders = from_rank_zero(interruptible(lambda: {n: made.folders for n, made in prepare(*text).items()}))
+    prepared = agree(lambda: {length: open_prepared(parts) for length, parts in folders.items()})
+    run = Run(config, folder, rank, world, device, tokenizer, prepared, Saver(folder, config.save), lock)
+    substitution = start_model(run)
+    run.state = resume(run)
+    run.saved_step = run.state.step
+    from_rank_zero(lambda: _check_disk(run))
+
+    def begin() -> None:
+        checkpoint.supersede(folder, run.state.step)
+        text = yaml.safe_dump(plain(config) | {"versions": versions()}, sort_keys=False, allow_unicode=True)
+        (folder / "config.yaml").write_text(redact(text))
+        run.metrics = Metrics(folder, run.state.step or -1)
+        run.tracker = Tracker(
+            config.tracking, folder, json.loads(redact(json.dumps(plain(config)))), run.state.tracking_id
+        )
+        run.state.tracking_id = run.tracker.id
+
+    from_rank_zero(begin)
+    run.evaluated_step = from_rank_zero(lambda: run.metrics.evaluated_step if run.metrics is not None else None)
+    run.say(header(config, run.engine.module, substitution, prepared, run.state.step, world, device))
+    return run
+
+
+def start_model(run: Run) -> Any:
+    """Load the base model, substitute, start the engine; returns the substitution."""
+    config = run.config
+    ds_config = deepspeed_config(config, run.world)
+    opening = _opening(config) | {"trust_pickle": config.model.trust_pickle, "attention": config.attention}
+    load = partial(load_model, config.model.source, dtype=DTYPES[config.dtype], device=run.device, **opening)
+    together = config.zero.stage == 3  # each rank then loads its own part, with the others
+    model = load(zero3=ds_config) if together else agree(interruptible(load))
+    run.base_config, run.own_activation = copy.deepcopy(model.config), activation_of(model)
+    run.activation = schedule.activation(config.recipe) or run.own_activation
+    substitution = substitute(model, *run.activation)
+    if config.checkpointing is not Checkpointing.none:
+        reentrant = config.checkpointing is Checkpointing.reentrant
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    run.engine = start_engine(config, model, ds_config)
+    return substitution
+
+
+def close(run: Run) -> None:
+    """Let go of what outlives the run."""
+    run.saver.close()
+    if run.lock is not None:
+        os.close(run.lock)
+
+
+def _opening(config: Train) -> dict:
+    model = config.model
+    return {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+
+
+def _check_model(config: Train, whole: PreTrainedConfig) -> Any:
+    """The text config of the base model, if it is the one described, takes the context and can be exported."""
+    text_config, recipe = whole.get_text_config(), config.recipe
+    own = (getattr(text_config, "hidden_act", "silu"), 0.0)
+    activation = schedule.activation(recipe) or own
+    released_config(whole, *activation)
+    if schedule.shifts(recipe):
+        released_config(whole, "drelu" if activation[0] == "drelu" else "fatrelu", 1.0)
+    longest, limit = schedule.contexts(recipe)[-1], getattr(text_config, "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise ValueError(f"recipe.batch.context is {longest}, but {config.model.source} has only {limit} positions")
+    for key, wanted in asdict(config.model.shape).items():
+        found = getattr(text_config, key, None)
+        if wanted is not None and wanted != found:
+            raise ValueError(f"model.shape.{key} is {wanted}, but {config.model.source} has {found}: mend one of them")
+    return text_config
+
+
+def checkpoint_bytes(run: Run) -> int:
+    """fp32 weights and two moments of every parameter."""
+    return 12 * sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters())
+
+
+def _check_disk(run: Run) -> None:
+    """ValueError unless the checkpoints that this run keeps fit beside what is on the disk already."""
+    recipe, how, size = run.config.recipe, run.config.save, checkpoint_bytes(run)
+    kept = checkpoint.checkpoints_kept(
+        schedule.total_steps(recipe), [span.last for span in schedule.spans(recipe)], how
+    )
+    own = sum(path.stat().st_size for path in (run.folder / "checkpoints").rglob("*") if path.is_file())
+    free = shutil.disk_usage(run.folder).free + own
+    run.say(
+        f"checkpoints: {size / GB:.2f} GB each, {kept * size / GB:.1f} GB at most at a time, {free / GB:.1f} GB free"
+    )
+    if kept * size > free:
+        raise ValueError(
+            f"run_dir={run.folder} has room for {free / GB:.3f} GB of checkpoints, up to {kept} of {size / GB:.3f} GB "
+            "are kept: lower save.keep, set save.keep_stages=false, or choose a run_dir on another disk"
+        )
+
+
+def identity(run: Run) -> dict:
+    """What must not change between the parts of one run."""
+    whole = plain(run.config)
+    kept = {key: whole[key] for key in ("model", "recipe", "seed", "dtype")}
+    for key in ("trust_remote_code", "trust_pickle"):
+        del kept["model"][key]
+    kept["order of recipe.stages"] = list(whole["recipe"]["stages"])
+    kept["data.sources weights"] = {name: source["weight"] for name, source in whole["data"]["sources"].items()}
+    kept["data.tokenizer"] = tokenizer_digest(run.tokenizer)
+    kept["digest of the rows"] = {str(length): made.digest for length, made in run.prepared.items()}
+    return kept
+
+
+def resume(run: Run, again: bool = False) -> TrainState:
+    """The state to go on from, with the engine filled: a checkpoint's, a fork's, or that of a new run.
+
+    `again`: after a rewind, to the newest one whatever `resume` says.
+    """
+    how, folder, fork = "auto" if again else run.config.resume, run.folder, run.config.fork
+    found = None
+    if how in ("auto", "must"):
+        found = checkpoint.find_together(folder)
+    elif how == "never":
+        if from_rank_zero(lambda: any((folder / "checkpoints").glob("step-*"))):
+            raise ValueError(f"resume=never, but {folder} has checkpoints: choose another run_dir or resume=auto")
+    else:
+        found = Path(how).expanduser(), checkpoint.verify_together(Path(how).expanduser())
+    if how == "must" and found is None:
+        raise ValueError(f"resume=must, but {folder} has no complete checkpoint: check run_dir or use resume=auto")
+    if found is not None:
+        chosen, manifest = found
+        told = checkpoint.difference(manifest["identity"], identity(run))
+        if told is not None:
+            raise ValueError(
+                f"{chosen} was trained otherwise: {told}: use the same settings or another run_dir "
+                "(fork=RUN@STAGE goes on from the end of a stage with another recipe)"
+            )
+        state = _restore(run, chosen, manifest)
+    elif fork is not None:
+        parent, _, stage = fork.rpartition("@")
+        chosen = from_rank_zero(lambda: checkpoint.find_stage(Path(parent).expanduser(), stage))
+        manifest = checkpoint.verify_together(chosen)
+        _check_fork(run, chosen, manifest)
+        state = _restore(run, chosen, manifest)
+        state.tracking_id = None
+        if not run.config.fork_optimizer:
+            shards.forget_moments(run.engine)
+        if run.rank == 0 and not (folder / "metrics.jsonl").exists():
+            shutil.copyfile(Path(parent).expanduser() / "metrics.jsonl", folder / "metrics.jsonl")
+    else:
+        return TrainState()
+    return state
+
+
+def _restore(run: Run, chosen: Path, manifest: dict) -> TrainState:
+    old, new = manifest["versions"], versions()
+    for name in ("torch", "deepspeed"):
+        if old[name].split(".")[0] != new[name].split(".")[0] and not run.config.accept_versions:
+            raise ValueError(
+                f"{chosen} was written with {name} {old[name]} and this is {new[name]}: its files do not depend on "
+                "that, the digits of the training may: use the old version, or accept_versions=true"
+            )
+    checkpoint.restore(run.engine, chosen, manifest)
+    was = (manifest["ranks"], manifest["zero_stage"])
+    now = (run.world, run.config.zero.stage)
+    change = "" if was == now else f", written by {was[0]} ranks under ZeRO-{was[1]}, with {now[0]} under ZeRO-{now[1]}"
+    run.say(f"goes on from {chosen}{change}")
+    return TrainState(**manifest["state"])
+
+
+def _check_fork(run: Run, chosen: Path, manifest: dict) -> None:
+    """ValueError unless the run's recipe, up to the checkpoint, is what the checkpoint went through."""
+    step = manifest["state"]["step"]
+    ours = json.loads(json.dumps(schedule.history(run.config.recipe, step)))
+    pairs: list[tuple[str, Any, Any]] = [
+        (f"recipe.stages.{new['stage']}", old, new) for old, new in zip(manifest["history"], ours, strict=False)
+    ]
+    own = identity(run)
+    pairs += [
+        (key, manifest["identity"][key], own[key]) for key in own if key not in ("recipe", "order of recipe.stages")
+    ]
+    pairs.append(("the number of stages up to there", len(manifest["history"]), len(ours)))
+    for key, old, new in pairs:
+        told = checkpoint.difference(old, new, key)
+        if told is not None:
+            raise ValueError(f"fork={run.config.fork}: {told}: up to the fork ({chosen}) both have to be the same")

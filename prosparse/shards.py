@@ -1,0 +1,198 @@
+"""A training's tensors as files: the part of every parameter that a rank holds, in safetensors, hashed while written.
+
+In: a DeepSpeed engine under ZeRO-1, 2 or 3. Out: one file a rank with fp32 master weights and Adam's moments; the way
+back into an engine with any number of ranks and any ZeRO stage; whole weights without an engine.
+
+Rank counts and ZeRO stages cut parameters differently. A file says where in the flattened parameter each of its pieces
+starts, and a reader takes the slices that it needs, so nothing has to be converted and no pickle is opened.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import xxhash
+from safetensors import safe_open
+from torch import Tensor
+
+STATES = ("master", "exp_avg", "exp_avg_sq")
+CHUNK = 1 << 26  # bytes that are written while they are hashed
+DTYPES = {torch.float32: "F32", torch.uint8: "U8"}  # what a file holds, by safetensors' names
+
+
+@dataclass
+class Piece:
+    """Elements start to start + numel of the flattened parameter `name`, as this rank holds them."""
+
+    name: str
+    start: int
+    numel: int
+    states: dict[str, Tensor]  # by STATES, fp32 [numel]: views into the engine's memory
+
+
+# --- what an engine holds ---------------------------------------------------------------------------------------------
+
+
+def pieces(engine: Any) -> list[Piece]:
+    """This rank's pieces of every parameter; moments are made (zero) where the engine has not stepped yet.
+
+    Reads DeepSpeed's bookkeeping: `_hp_mapping` under ZeRO-1 and 2, `grad_position` and `ds_tensor` under ZeRO-3.
+    """
+    optimizer, inner = engine.optimizer, engine.optimizer.optimizer
+    found = []
+    for name, parameter in engine.module.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            flat = optimizer.fp32_partitioned_groups_flat[group]
+            start = dist.get_rank(parameter.ds_process_group) * parameter.ds_tensor.ds_numel
+            numel = min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start)  # the last parts are padded
+        else:
+            mapping = parameter._hp_mapping
+            if mapping is None:  # other ranks hold all of it
+                continue
+            flat = inner.param_groups[mapping.param_group_index]["params"][0]
+            offset, start = mapping.hp_fragment_address.start, mapping.lp_fragment_address.start
+            numel = mapping.hp_fragment_address.numel
+        if numel > 0:
+            whole = {"master": flat.data, **_moments(inner, flat)}
+            found.append(Piece(name, start, numel, {s: whole[s].narrow(0, offset, numel) for s in STATES}))
+    return found
+
+
+def shapes(engine: Any) -> dict[str, list[int]]:
+    """The shape of every parameter by name."""
+    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
+
+
+def adam_steps(engine: Any) -> float:
+    """The step count of Adam's bias correction, which all parameters share."""
+    return max((float(state["step"]) for state in engine.optimizer.optimizer.state.values()), default=0.0)
+
+
+def set_adam_steps(engine: Any, steps: float) -> None:
+    for state in engine.optimizer.optimizer.state.values():
+        state["step"].fill_(steps)
+
+
+def forget_moments(engine: Any) -> None:
+    """Zero Adam's moments and step count: the next step is that of a new optimizer."""
+    for piece in pieces(engine):
+        piece.states["exp_avg"].zero_()
+        piece.states["exp_avg_sq"].zero_()
+    set_adam_steps(engine, 0.0)
+
+
+def refresh(engine: Any) -> None:
+    """Copy the master weights into the module's own, as DeepSpeed does after a step (all ranks call it)."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+    else:
+        optimizer.update_lp_params()
+
+
+def _moments(inner: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]:
+    state = inner.state[flat]
+    if "exp_avg" not in state:  # as torch.optim.AdamW(fused=True) makes them at its first step
+        state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat.data), torch.zeros_like(flat.data)
+    return {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def tensors_of(parts: list[Piece]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What a rank's file holds: tensors by "state/parameter", and its metadata, the start of each piece."""
+    tensors = {f"{state}/{piece.name}": piece.states[state] for piece in parts for state in STATES}
+    return tensors, {"starts": json.dumps({piece.name: piece.start for piece in parts})}
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict:
+    """Write a safetensors file; returns {"size", "xxh3_128"}, of the bytes as they were handed to the disk."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        shape = list(tensor.shape)
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    digest, size = xxhash.xxh3_128(), 0
+    with open(path, "wb") as file, ThreadPoolExecutor(1) as hasher:
+        for chunk in _chunks(struct.pack("<Q", len(raw)) + raw, tensors):
+            hashed = hasher.submit(digest.update, chunk)
+            file.write(chunk)
+            hashed.result()
+            size += len(chunk)
+    return {"size": size, "xxh3_128": digest.hexdigest()}
+
+
+def _chunks(header: bytes, tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    yield header
+    for tensor in tensors.values():
+        for part in tensor.detach().flatten().view(torch.uint8).split(CHUNK):
+            yield part.cpu().numpy().data
+
+
+def digest(path: Path) -> dict:
+    """{"size", "xxh3_128"} of a file as it is on disk."""
+    hashed, size = xxhash.xxh3_128(), 0
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            hashed.update(chunk)
+            size += len(chunk)
+    return {"size": size, "xxh3_128": hashed.hexdigest()}
+
+
+def sync(path: Path) -> None:
+    """Return when a file, or the entries of a folder, are on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_into(files: list[Path], parts: list[Piece]) -> None:
+    """Fill the pieces from the files of any number of ranks. ValueError if the files lack a part of one."""
+    with ExitStack() as stack:
+        found = _index(stack, files)
+        for piece in parts:
+            for state, target in piece.states.items():
+                filled = 0
+                for start, numel, file in found.get(piece.name, []):
+                    low, high = max(piece.start, start), min(piece.start + piece.numel, start + numel)
+                    if low < high:
+                        source = file.get_slice(f"{state}/{piece.name}")[low - start : high - start]
+                        target[low - piece.start : high - piece.start].copy_(source)
+                        filled += high - low
+                if filled != piece.numel:
+                    raise ValueError(f"{state} of {piece.name}: {filled} of {piece.numel} elements are in the files")
+
+
+def read_weights(files: list[Path], shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
+    """Every parameter whole, fp32, from the master weights in the files. ValueError if a part of one is not there."""
+    weights = {name: torch.empty(shape) for name, shape in shapes.items()}
+    read_into(files, [Piece(name, 0, w.numel(), {"master": w.view(-1)}) for name, w in weights.items()])
+    return weights
+
+
+def _index(stack: ExitStack, files: list[Path]) -> dict[str, list[tuple[int, int, Any]]]:
+    found: dict[str, list[tuple[int, int, Any]]] = {}
+    for path in files:
+        file = stack.enter_context(safe_open(path, "pt"))
+        for name, start in json.loads(file.metadata()["starts"]).items():
+            found.setdefault(name, []).append((start, file.get_slice(f"master/{name}").get_shape()[0], file))
+    return found

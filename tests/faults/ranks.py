@@ -1,0 +1,249 @@
+"""Ranks forked from a process that has torch and DeepSpeed imported: a start costs a second or two, not ten.
+
+`Nursery` is what tests and the fault campaign use; run as a script this file is the process that forks.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+HANG_SECONDS = 120
+
+
+class Nursery:
+    """A process that forks groups of ranks; `with Nursery() as nursery: nursery.start([...])`."""
+
+    def __enter__(self):
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            "HF_HUB_OFFLINE": "1",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+        )
+        assert self.process.stdout is not None and self.process.stdout.readline() == "ready\n"
+        return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        self.process.wait()
+
+    def ask(self, question: dict):
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def start(self, arguments: list[str], ranks: int = 2, log: Path | None = None, **inject) -> "Group":
+        """Fork `ranks` that run `prosparse train ARGUMENTS`; stdout and stderr go to `log`.
+
+        `inject` (see `_inject`) breaks something in one of them.
+        """
+        log = log or Path("/dev/null")
+        offset = log.stat().st_size if log.is_file() else 0
+        question = {"start": arguments, "ranks": ranks, "log": str(log), "inject": inject}
+        return Group(self, self.ask(question), log, offset)
+
+    def run(self, arguments: list[str], ranks: int = 2, log: Path | None = None, **inject) -> "Group":
+        """`start`, and wait for the end."""
+        group = self.start(arguments, ranks, log, **inject)
+        group.wait()
+        return group
+
+
+@dataclass
+class Group:
+    nursery: Nursery
+    pids: list[int]
+    log: Path
+    offset: int  # of its first line in the log
+    codes: list[int] | None = None  # exit codes, negative for signals
+    hung: bool = False
+
+    def signal(self, number: int, rank: int) -> bool:
+        """Whether the rank was still there."""
+        try:
+            os.kill(self.pids[rank], number)
+            return True
+        except ProcessLookupError:
+            return False
+
+    def wait(self, seconds: float = HANG_SECONDS) -> list[int]:
+        """The exit codes; whoever is still there after `seconds` is killed, and `hung` says so."""
+        answer = self.nursery.ask({"wait": self.pids, "seconds": seconds})
+        self.codes, self.hung = answer["codes"], answer["hung"]
+        return self.codes
+
+    def running(self) -> bool:
+        return all(Path(f"/proc/{pid}").exists() for pid in self.pids)
+
+    def text(self) -> str:
+        """What it has said so far."""
+        if not self.log.is_file():
+            return ""
+        with open(self.log, encoding="utf-8", errors="replace") as file:
+            file.seek(self.offset)
+            return file.read()
+
+    def wait_for(self, words: str, seconds: float = HANG_SECONDS) -> bool:
+        """Whether `words` turned up in what it says."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            if words in self.text():
+                return True
+            time.sleep(0.02)
+        return False
+
+
+# --- the process that forks -------------------------------------------------------------------------------------------
+
+
+def _inject(rank: int, what: dict) -> None:
+    """Break something in this rank before it starts.
+
+    {"die_in_save": n, "rank": r}: SIGKILL at the n-th step of a save: a chunk that is written, a file or folder that is
+    made, renamed or removed. {"count_in_save": file}: write how many such steps the first save has. {"nan": windows,
+    "rank": r}: the loss is not finite in these windows of this process. {"full": bytes, "rank": r}: no file may grow larger.
+    {"fail": n}: an exception in window n. {"spike": {window: shift}}: the loss reported for it is higher.
+    """
+    from prosparse import checkpoint, engine, shards, trainer
+
+    mine = what.get("rank", rank) == rank
+    if "die_in_save" in what or "count_in_save" in what:
+        state = {"saving": False, "steps": 0}
+        whole_begin, whole_commit, whole_chunks = checkpoint.Saver.begin, checkpoint.Saver.commit, shards._chunks
+        shards.CHUNK = 16384
+
+        def step() -> None:
+            if state["saving"]:
+                state["steps"] += 1
+                if mine and state["steps"] == what.get("die_in_save"):
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        def begin(self, *arguments):
+            state["saving"] = True
+            return whole_begin(self, *arguments)
+
+        def commit(self):
+            result = whole_commit(self)
+            state["saving"] = False
+            if "count_in_save" in what:
+                with open(f"{what['count_in_save']}-{rank}", "a") as file:
+                    file.write(f"{state['steps']}\n")
+            return result
+
+        def chunks(*arguments):
+            for chunk in whole_chunks(*arguments):
+                step()
+                yield chunk
+
+        def hook(event: str, arguments: tuple) -> None:
+            opened = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+            if opened or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"):
+                step()
+
+        checkpoint.Saver.begin, checkpoint.Saver.commit, shards._chunks = begin, commit, chunks
+        sys.addaudithook(hook)
+    if "full" in what and mine:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (what["full"], what["full"]))
+    whole, windows = engine.accumulate, []
+
+    def accumulate(run_engine, context, rows, factor, *more):
+        windows.append(factor)
+        if mine and len(windows) == what.get("fail"):
+            raise ZeroDivisionError("made to fail")
+        bad = mine and len(windows) in what.get("nan", [])
+        result = whole(run_engine, context, rows, float("nan") if bad else factor, *more)
+        result.loss += what.get("spike", {}).get(str(len(windows)), 0.0)
+        return result
+
+    if {"nan", "fail", "spike"} & set(what):
+        trainer.accumulate = engine.accumulate = accumulate
+
+
+def _child(rank: int, question: dict, port: int) -> None:
+    log = os.open(question["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    null = os.open("/dev/null", os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    world = str(question["ranks"])
+    os.environ.update(RANK=str(rank), WORLD_SIZE=world, LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=world)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    code = 70
+    try:
+        from prosparse.cli import main
+
+        if question["inject"]:
+            _inject(rank, question["inject"])
+        code = main(["train", *question["start"]])
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _serve() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    import deepspeed  # noqa: F401
+
+    import prosparse.trainer  # noqa: F401
+
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    answers.write("ready\n")
+    for line in sys.stdin:
+        question = json.loads(line)
+        if "start" in question:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            pids = []
+            for rank in range(question["ranks"]):
+                pid = os.fork()
+                if pid == 0:
+                    sys.stdin.close()
+                    _child(rank, question, port)
+                pids.append(pid)
+            answers.write(json.dumps(pids) + "\n")
+        else:
+            answers.write(json.dumps(_wait(question["wait"], question["seconds"])) + "\n")
+
+
+def _wait(pids: list[int], seconds: float) -> dict:
+    codes: dict[int, int] = {}
+    until, hung = time.monotonic() + seconds, False
+    while len(codes) < len(pids):
+        for pid in pids:
+            if pid not in codes:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    codes[pid] = os.waitstatus_to_exitcode(status)
+        if time.monotonic() > until and len(codes) < len(pids):
+            hung = True
+            for pid in set(pids) - set(codes):
+                os.kill(pid, signal.SIGKILL)
+            until += 30
+        time.sleep(0.02)
+    return {"codes": [codes[pid] for pid in pids], "hung": hung}
+
+
+if __name__ == "__main__":
+    _serve()
