@@ -225,7 +225,7 @@ def gather(engine: Any) -> dict[str, Tensor]:
 
 
 def claim(run_dir: Path) -> int | None:
-    """Make the run folder and lock it (all ranks call it); returns rank 0's lock, which `os.close` frees.
+    """Make the run folder and lock it (all ranks call it); returns rank 0's lock, which `release` frees.
 
     Raises ValueError unless rank 0 can write the folder, every rank sees it and no other run holds it.
     """
@@ -253,6 +253,13 @@ def claim(run_dir: Path) -> int | None:
         if rank_and_world()[0] == 0:
             probe.unlink()
     return lock if rank_and_world()[0] == 0 else None
+
+
+def release(run_dir: Path, lock: int | None) -> None:
+    """Let another run have the folder."""
+    if lock is not None:
+        (run_dir / ".lock").unlink(missing_ok=True)
+        os.close(lock)
 
 
 def difference(old: Any, new: Any, path: str = "") -> str | None:
@@ -365,24 +372,25 @@ def _rank_file(rank: int) -> str:
 
 
 def _lock(run_dir: Path) -> int:
-    descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    give_up = time.monotonic() + LOCK_SECONDS
+    path, give_up = run_dir / ".lock", time.monotonic() + LOCK_SECONDS
     while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                break  # else its last holder has removed it meanwhile
         except BlockingIOError:
             if time.monotonic() > give_up:
-                holder = os.read(descriptor, 200).decode(errors="replace")
+                holder = os.read(descriptor, 200).decode(errors="replace") or "another run"
                 os.close(descriptor)
                 raise ValueError(
-                    f"run_dir={run_dir} is in use by {holder or 'another run'}: stop that one (touch {run_dir}/STOP) "
-                    "or choose another run_dir"
+                    f"run_dir={run_dir} is in use by {holder}: stop that one (touch {run_dir}/STOP) or choose another"
                 ) from None
             time.sleep(0.2)
         except OSError as error:
             print(f"{run_dir} cannot be locked ({error.strerror}): start no second run there", file=sys.stderr)
             break
+        os.close(descriptor)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     return descriptor

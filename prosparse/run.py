@@ -5,9 +5,9 @@ In: a `Train` config, the same on every rank. Out: a `Run` whose engine and stat
 
 import copy
 import json
-import os
 import shutil
 import sys
+import warnings
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -101,16 +101,25 @@ def open_run(config: Train) -> Run:
     rank, world, device = start_group(config.device, config.threads, config.seed, config.timeouts.start_seconds)
     import deepspeed
 
+    warnings.filterwarnings("ignore", ".*all_gather_into_tensor", FutureWarning)  # DeepSpeed's, in every step
     deepspeed.utils.logger.setLevel("WARNING")
     transformers_logging.set_verbosity_error()
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
-    folder, recipe = Path(config.run_dir).expanduser(), config.recipe
+    folder = Path(config.run_dir).expanduser()
     same_everywhere(config)
     agree(lambda: deepspeed_config(config, world))
     lock = checkpoint.claim(folder)
+    try:
+        return _open_claimed(config, folder, rank, world, device, lock)
+    except BaseException:
+        checkpoint.release(folder, lock)
+        raise
+
+
+def _open_claimed(config: Train, folder: Path, rank: int, world: int, device: torch.device, lock: int | None) -> Run:
+    recipe = config.recipe
     if rank == 0:
         signals.obey(folder / "STOP")
-
     text_config = agree(lambda: _check_model(config, load_config(config.model.source, **_opening(config))))
     own = config.data.tokenizer
     tokenizer = agree(lambda: load_tokenizer(own) if own else load_tokenizer(config.model.source, **_opening(config)))
@@ -161,8 +170,7 @@ def start_model(run: Run) -> Any:
 def close(run: Run) -> None:
     """Let go of what outlives the run."""
     run.saver.close()
-    if run.lock is not None:
-        os.close(run.lock)
+    checkpoint.release(run.folder, run.lock)
 
 
 def _opening(config: Train) -> dict:

@@ -250,7 +250,7 @@ def commit(run: Run) -> None:
     patience(run.config.timeouts.steady_seconds)
     blocked, size = saved.blocked_seconds, saved.bytes
     step = int(saved.folder.name[5:])
-    run.log({"kind": "save", "step": step, "blocked_seconds": blocked, "seconds": saved.seconds, "bytes": size})
+    run.log({"kind": "save", "step": step, "blocked_seconds": blocked, "write_seconds": saved.seconds, "bytes": size})
     run.say(f"saved {saved.folder}: {size / GB:.2f} GB, training waited {blocked:.1f} s of {saved.seconds:.1f} s")
 
 
@@ -291,9 +291,7 @@ def rewind(run: Run) -> None:
         run.metrics = Metrics(run.folder, run.state.step or -1)
         run.evaluated_step = run.metrics.evaluated_step
     run.evaluated_step = from_rank_zero(lambda: run.evaluated_step)
-    run.log(
-        {"kind": "rewind", "step": run.state.step, "from_step": spiked.step, "windows": sorted(bad), "seconds": 0.0}
-    )
+    run.log({"kind": "rewind", "step": run.state.step, "from_step": spiked.step, "windows": sorted(bad)})
     first_evaluations(run)
 
 
@@ -342,7 +340,8 @@ def finish(run: Run) -> dict:
         exported = load_model(target, dtype=dtype, device=run.device)
         models["exported"] = evaluate(run, "exported", exported)
     rows = from_rank_zero(lambda: read_metrics(run.folder))
-    report["seconds"] = sum(row.get("step_seconds") or row.get("blocked_seconds") or row["seconds"] for row in rows)
+    spent = ("step_seconds", "seconds", "blocked_seconds")
+    report["seconds"] = sum(row.get(key, 0.0) for row in rows for key in spent)
     folder = from_rank_zero(lambda: write_report(run.folder, report))
     run.say(f"\n{table(report)}\n\nreport: {folder}")
     if "export" in report:

@@ -284,6 +284,7 @@ import sys
 from pathlib import Path
 import deepspeed, torch
 from prosparse import checkpoint
+from prosparse.config import Save
 from prosparse.ffn import substitute
 from prosparse.models.load import load_config, load_model
 
@@ -307,10 +308,10 @@ for stage in (1, 2, 3):
         engine.eval()
         with torch.no_grad():
             torch.save(engine(token_ids).logits.float(), folder / f"logits-{stage}-{base}.pt")
-        checkpoint.save(
-            engine, folder / f"run-{stage}-{base}", checkpoint.TrainState(step=1),
-            {"activation": {"name": "fatrelu", "param": 0.125}}, load_config(folder / base).save_pretrained, keep=2,
-        )
+        saver = checkpoint.Saver(folder / f"run-{stage}-{base}", Save())
+        activation = {"activation": {"name": "fatrelu", "param": 0.125}}
+        saver.begin(engine, checkpoint.TrainState(step=1), activation, load_config(folder / base).save_pretrained)
+        saver.commit()
 """
 
 

@@ -116,7 +116,7 @@ def _inject(rank: int, what: dict) -> None:
 
     {"die_in_save": n, "rank": r}: SIGKILL at the n-th step of a save: a chunk that is written, a file or folder that is
     made, renamed or removed. {"count_in_save": file}: write how many such steps the first save has. {"nan": windows,
-    "rank": r}: the loss is not finite in these windows of this process. {"full": bytes, "rank": r}: no file may grow larger.
+    "rank": r}: the loss is not finite in these windows of this process. {"full": bytes, "rank": r}: no larger file.
     {"fail": n}: an exception in window n. {"spike": {window: shift}}: the loss reported for it is higher.
     """
     from prosparse import checkpoint, engine, shards, trainer
