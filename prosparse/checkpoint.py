@@ -31,7 +31,7 @@ from prosparse.group import agree, from_rank_zero, gathered, rank_and_world
 FORMAT = 2
 ENGINE = "engine"  # the folder of the ranks' own files
 NAME = re.compile(r"step-\d{8}")
-LOCK_SECONDS = 15.0  # a run that has just been stopped may take so long to let go of its folder
+LOCK_SECONDS = 5.0  # a run that has just been stopped may take so long to let go of its folder
 
 
 @dataclass
@@ -265,7 +265,8 @@ def release(run_dir: Path, lock: int | None) -> None:
 def difference(old: Any, new: Any, path: str = "") -> str | None:
     """The first key in which two nested dicts differ, in words; None if they are equal."""
     if isinstance(old, dict) and isinstance(new, dict):
-        parts = (difference(old.get(k), new.get(k), f"{path}.{k}" if path else k) for k in sorted({*old, *new}))
+        keys = [*old, *(key for key in new if key not in old)]
+        parts = (difference(old.get(k), new.get(k), f"{path}.{k}" if path else k) for k in keys)
         return next((part for part in parts if part is not None), None)
     return None if old == new else f"{path} was {old} and is now {new}"
 

@@ -27,7 +27,9 @@ T = TypeVar("T")
 _control: Any = None  # a gloo group on the CPU, for what the ranks have to agree on between collectives of the engine
 
 
-def start_group(choice: str, threads: int | None, seed: int, timeout_seconds: float) -> tuple[int, int, torch.device]:
+def start_group(
+    choice: str, threads: int | None, seed: int, timeout_seconds: float = 7200
+) -> tuple[int, int, torch.device]:
     """Join the launcher's process group, or make one of a single rank; returns (rank, ranks, device).
 
     `choice`: auto, cpu or cuda; `threads`: of this rank on the CPU, None for its share of the cores. Comes before the

@@ -148,11 +148,11 @@ def _chunks(header: bytes, tensors: Mapping[str, Tensor]) -> Iterator[bytes | me
 
 def digest(path: Path) -> dict:
     """{"size", "xxh3_128"} of a file as it is on disk."""
-    hashed, size = xxhash.xxh3_128(), 0
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            hashed.update(chunk)
-            size += len(chunk)
+    hashed, size, buffer = xxhash.xxh3_128(), 0, memoryview(bytearray(1 << 22))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            hashed.update(buffer[:count])
+            size += count
     return {"size": size, "xxh3_128": hashed.hexdigest()}
 
 

@@ -62,6 +62,8 @@ def listening() -> Iterator[None]:
     before = {number: signal.signal(number, handle) for number in SIGNALS}
     over = threading.Event()
     launcher = _launcher() if "WORLD_SIZE" in os.environ else []
+    if launcher and _gone_already(launcher):
+        os.kill(os.getpid(), signal.SIGTERM)
     threading.Thread(target=_watch, args=(launcher, over), daemon=True).start()
     try:
         yield
@@ -101,16 +103,26 @@ def _note(number: signal.Signals) -> None:
 
 
 def _launcher() -> list[int]:
-    """The parent process, and the one above it where that is DeepSpeed's runner."""
+    """The parent process, and the one above it where the parent is DeepSpeed's and has its runner above."""
     parent = os.getppid()
     try:
-        with open(f"/proc/{parent}/cmdline", "rb") as file:
-            nested = b"deepspeed.launcher.launch" in file.read()
+        if b"deepspeed.launcher.launch" not in _command(parent):
+            return [parent]
         with open(f"/proc/{parent}/stat") as file:  # "pid (name) state parent ..."; a name may hold blanks
-            above = int(file.read().rpartition(")")[2].split()[1])
+            return [parent, int(file.read().rpartition(")")[2].split()[1])]
     except OSError:  # no /proc, or the parent has just ended
         return [os.getppid()]
-    return [parent, above] if nested else [parent]
+
+
+def _gone_already(launcher: list[int]) -> bool:
+    """Whether DeepSpeed's launcher, or its runner, ended while this rank was still importing."""
+    if "CROSS_RANK" not in os.environ or not Path("/proc/self").exists():
+        return False
+    return len(launcher) == 1 or (launcher[1] == 1 and b"deepspeed" not in _command(1))
+
+
+def _command(process: int) -> bytes:
+    return Path(f"/proc/{process}/cmdline").read_bytes()
 
 
 def _watch(launcher: list[int], over: threading.Event) -> None:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "faults"))
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 os.environ |= {"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
 torch.set_num_threads(1)
@@ -61,6 +62,15 @@ def tiny(tmp_path_factory) -> dict[str, Path]:
     tiny_llama().save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
     return {"model": root / "model", "text": root / "text", "cache": root / "cache"}
+
+
+@pytest.fixture(scope="session")
+def nursery():
+    """Forks groups of ranks: see tests/faults/ranks.py."""
+    from ranks import Nursery
+
+    with Nursery() as process:
+        yield process
 
 
 def tiny_overrides(tiny: dict[str, Path], run_dir: Path) -> list[str]:
@@ -114,6 +124,14 @@ def prosparse(*arguments: str, timeout: int = 240, **environment: str) -> subpro
 
 def metrics(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+BITWISE = ("step", "window", "stage", "tokens", "loss", "l1", "l1_factor", "lr", "sparsity_by_layer", "grad_norm")
+
+
+def trained(run_dir: Path) -> list[dict]:
+    """The training rows, without what depends on the clock."""
+    return [{key: row[key] for key in BITWISE} for row in metrics(run_dir) if row["kind"] == "train"]
 
 
 def _port() -> str:

@@ -9,18 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, launch, metrics, prosparse, tiny_llama, tiny_overrides
+from conftest import ROOT, launch, metrics, prosparse, tiny_llama, tiny_overrides, trained
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from prosparse import checkpoint
 
 pytestmark = pytest.mark.timeout(600)  # a dozen trainings: minutes where the cores have other work
-BITWISE = ("step", "window", "stage", "tokens", "loss", "l1", "l1_factor", "lr", "sparsity_by_layer", "grad_norm")
-
-
-def trained(run_dir: Path) -> list[dict]:
-    return [{key: row[key] for key in BITWISE} for row in metrics(run_dir) if row["kind"] == "train"]
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
