@@ -80,7 +80,7 @@ def rank_and_world() -> tuple[int, int]:
 
 def patience(seconds: float) -> None:
     """How long a collective waits for the other ranks before the run ends: long while one loads or writes."""
-    for group in {dist.group.WORLD, _control}:
+    for group in list(dist.distributed_c10d._world.pg_map):  # DeepSpeed has groups of its own
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 

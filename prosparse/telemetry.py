@@ -196,7 +196,8 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: torch.device, ranks: int) -> str:
-    return f"{ranks} x {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"{ranks} CPU ranks"
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU rank" + "s" * (ranks > 1)
+    return f"{ranks} x {kind}" if device.type == "cuda" else f"{ranks} {kind}"
 
 
 def peak_memory(device: torch.device) -> int:

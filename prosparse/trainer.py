@@ -129,7 +129,7 @@ def train_stages(run: Run) -> bool:
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            where = f"rank {run.rank} ran out of memory in step {step} ({device_name(run.device, 1)[4:]})"
+            where = f"rank {run.rank} ran out of memory in step {step} ({device_name(run.device, 1)})"
             raise ValueError(f"{where}: {less_memory(config, run.world)}") from error
         state.window += 1
         if not run.engine.was_step_applied():

@@ -117,7 +117,8 @@ def _inject(rank: int, what: dict) -> None:
     {"die_in_save": n, "rank": r}: SIGKILL at the n-th step of a save: a chunk that is written, a file or folder that is
     made, renamed or removed. {"count_in_save": file}: write how many such steps the first save has. {"nan": windows,
     "rank": r}: the loss is not finite in these windows of this process. {"full": bytes, "rank": r}: no larger file.
-    {"fail": n}: an exception in window n. {"spike": {window: shift}}: the loss reported for it is higher.
+    {"memory": n}: no more memory in window n. {"fail": n}: an exception in window n.
+    {"spike": {window: shift}}: the loss reported for it is higher.
     """
     from prosparse import checkpoint, engine, shards, trainer
 
@@ -167,12 +168,17 @@ def _inject(rank: int, what: dict) -> None:
         windows.append(factor)
         if mine and len(windows) == what.get("fail"):
             raise ZeroDivisionError("made to fail")
+        if mine and len(windows) == what.get("memory"):
+            import resource
+
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + 2**18, used + 2**18))
         bad = mine and len(windows) in what.get("nan", [])
         result = whole(run_engine, context, rows, float("nan") if bad else factor, *more)
         result.loss += what.get("spike", {}).get(str(len(windows)), 0.0)
         return result
 
-    if {"nan", "fail", "spike"} & set(what):
+    if {"nan", "fail", "spike", "memory"} & set(what):
         trainer.accumulate = engine.accumulate = accumulate
 
 

@@ -1,0 +1,226 @@
+"""Requests to stop, ranks that die or hang, disks and memory that run out: what a run does, with real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, metrics, prosparse, tiny_overrides, trained
+
+from prosparse import checkpoint
+
+pytestmark = pytest.mark.timeout(300)
+LONG = ["recipe.stages.hold.steps=3000", "save.every=1000", "evaluate.every=0"]
+
+
+@pytest.fixture(scope="module")
+def start(nursery, tiny, tmp_path_factory):
+    """start(name, *overrides, ranks=2, ...) -> (group, run folder)"""
+    root = tmp_path_factory.mktemp("stops")
+
+    def begin(name: str, *overrides: str, **more):
+        arguments = [*tiny_overrides(tiny, root / name), *overrides]
+        return nursery.start(arguments, log=root / f"{name}.log", **more), root / name
+
+    return begin
+
+
+def last_step(run_dir: Path) -> int:
+    return trained(run_dir)[-1]["step"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_one_rank_saves_the_last_step_and_ends_all_with_75(start, number):
+    group, run_dir = start(f"signal {number}", *LONG, "recipe.batch.sequences=16")
+    assert group.wait_for("step    8/")
+    group.signal(number, rank=1)
+    assert group.wait(60) == [75, 75], group.text()[-3000:]
+    folder = checkpoint.find(run_dir)
+    assert int(folder.name[5:]) == last_step(run_dir) >= 8
+    assert "asked to stop" in group.text() and f"stopped after step {last_step(run_dir)}" in group.text()
+    assert "Traceback" not in group.text()
+
+
+def test_a_stop_file_stops_and_is_removed_and_the_run_is_bit_equal_in_the_end(start):
+    quick = ["recipe.stages.hold.steps=40", "evaluate.every=5", "save.every=1000", "until=hold"]
+    group, run_dir = start("stop file", *quick)
+    assert group.wait_for("step   12/")
+    (run_dir / "STOP").touch()
+    group.wait(60)
+    assert not (run_dir / "STOP").exists()
+    if group.codes == [75, 75]:  # else it was faster
+        assert last_step(run_dir) < 47
+    again, _ = start("stop file", *quick)
+    assert again.wait(60) == [0, 0]
+    whole, undisturbed = start("not stopped", *quick)
+    assert whole.wait(60) == [0, 0]
+    assert trained(run_dir) == trained(undisturbed)
+    rows, others = ([r["step"] for r in metrics(d) if r.get("model") == "training"] for d in (run_dir, undisturbed))
+    assert rows == others
+
+
+@pytest.mark.parametrize(
+    ("words", "step"),
+    [("held out  base", 0), ("held out  training", 3), ("held out  trained", 10), ("threshold 0.0001", 10)],
+)
+def test_a_stop_in_an_evaluation_the_shift_or_before_the_first_step_can_be_resumed(start, words, step):
+    name = words.replace(" ", "-")
+    more = ["evaluate.every=3", "save.every=100", "evaluate.rows=60", "recipe.shift.calibration_rows=60"]
+    group, run_dir = start(name, *more)
+    assert group.wait_for(words)
+    group.signal(signal.SIGUSR1, rank=0)
+    codes = group.wait(60)
+    assert codes == [75, 75], group.text()[-3000:]
+    found = checkpoint.find(run_dir)
+    assert (0 if found is None else int(found.name[5:])) >= step
+    again, _ = start(name, *more)
+    assert again.wait(100) == [0, 0], again.text()[-3000:]
+    assert [row["step"] for row in trained(run_dir)] == list(range(1, 11))
+    assert (run_dir / "model" / "config.json").is_file() and (run_dir / "report" / "report.json").is_file()
+
+
+def test_other_verbs_stop_too_and_leave_nothing_half_written(tiny, tmp_path):
+    text = tmp_path / "long.txt"
+    text.write_text("a sparse neuron rests while a dense one fires. " * 200_000)
+    command = [
+        sys.executable, "-m", "prosparse.cli", "measure", f"checkpoint={tiny['model']}", f"text={text}",
+        f"cache={tmp_path / 'cache'}", f"out={tmp_path / 'out'}", "context=16", "batch=1", "threads=1",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "cache").glob("*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 75 and error.splitlines()[-1].startswith("prosparse measure: stopped (SIGTERM)")
+    assert out == "" and not (tmp_path / "out" / "result.json").exists()
+    assert not list((tmp_path / "cache").glob(".preparing-*"))
+
+
+def test_a_rank_that_dies_takes_the_run_down_with_one_message(start):
+    group, _ = start("killed", *LONG)
+    assert group.wait_for("step    5/")
+    group.signal(signal.SIGKILL, rank=1)
+    assert group.wait(60) == [1, -signal.SIGKILL] and not group.hung
+    assert group.text().count("rank 1 ended without a word") == 1, group.text()[-3000:]
+
+
+def test_the_death_of_rank_zero_is_told_too(start):
+    group, _ = start("killed zero", *LONG)
+    assert group.wait_for("step    5/")
+    group.signal(signal.SIGKILL, rank=0)
+    assert group.wait(60) == [-signal.SIGKILL, 1]
+    assert group.text().count("rank 0 ended without a word") == 1, group.text()[-3000:]
+
+
+def test_a_rank_that_fails_tells_its_own_reason_once(start):
+    group, _ = start("failed", *LONG, fail=4, rank=1)
+    assert group.wait(60) == [1, 1]
+    assert group.text().count("Traceback") == 1 and "[rank 1] Traceback" in group.text()
+    assert "ZeroDivisionError: made to fail" in group.text()
+
+
+def test_a_rank_that_hangs_ends_the_run_after_the_steady_timeout(start):
+    group, _ = start("hung", *LONG, "timeouts.steady_seconds=4")
+    assert group.wait_for("step    5/")
+    group.signal(signal.SIGSTOP, rank=1)
+    began = time.monotonic()
+    while Path(f"/proc/{group.pids[0]}/cmdline").read_bytes() and time.monotonic() - began < 60:
+        time.sleep(0.1)
+    waited = time.monotonic() - began
+    group.signal(signal.SIGKILL, rank=1)
+    assert group.wait(20) == [1, -signal.SIGKILL] and waited < 30
+    assert "rank 1 ended without a word or did not answer" in group.text(), group.text()[-3000:]
+
+
+def test_memory_that_runs_out_ends_with_the_key_to_set(start):
+    group, _ = start("memory", *LONG, "recipe.batch.context=256", "micro_batch=2", "recipe.batch.sequences=8", memory=1)
+    codes = group.wait(60)
+    assert sorted(codes) == [1, 2] or codes == [2, 2], group.text()[-3000:]
+    assert "ran out of memory in step 1 (1 CPU rank)" in group.text() and "set micro_batch=1" in group.text()
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_a_file_that_cannot_be_written_fails_the_save_on_all_ranks(start, asynchronous):
+    name = f"full {asynchronous}"
+    group, run_dir = start(name, "evaluate.every=0", "until=substitution")
+    assert group.wait(60) == [0, 0]
+    group, _ = start(name, "evaluate.every=0", f"save.asynchronous={asynchronous}", full=20000, rank=1)
+    assert group.wait(60) == [1, 1]
+    last = [line for line in group.text().splitlines() if line.startswith("prosparse train")]
+    assert len(last) == 1 and "could not be saved: rank 1: [Errno 27]" in last[0]
+    assert [path.name for path in sorted((run_dir / "checkpoints").iterdir())] == ["step-00000002", "step-00000003"]
+    assert checkpoint.find(run_dir).name == "step-00000003"
+    group, _ = start(name, "evaluate.every=0", "until=hold")
+    assert group.wait(60) == [0, 0] and last_step(run_dir) == 10
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_first_step(start, tmp_path):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", tmp_path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no small disk: mount: {mounted.stderr.decode().strip()}")
+    try:
+        group, _ = start("small disk", f"run_dir={tmp_path}/run")
+        assert group.wait(60) == [2, 2]
+        assert "has room for" in group.text() and "lower save.keep" in group.text()
+        assert not list((tmp_path / "run").rglob("step-*"))
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_a_run_says_how_much_it_writes(start):
+    group, _ = start("volume", "evaluate.every=0", "until=hold")
+    assert group.wait(60) == [0, 0]
+    assert "GB are written a day" in group.text() and "GB each" in group.text()
+
+
+def test_no_secret_is_written(tiny, tmp_path):
+    secret = "hf_" + "x1Y2z3" * 6
+    overrides = [
+        *tiny_overrides(tiny, tmp_path / "run"),
+        "until=substitution",
+        "tracking=wandb",
+        "tracking.wandb=offline",
+    ]
+    environment = {"MY_API_KEY": "swordfish-2026", "WANDB_MODE": "offline"}
+    done = prosparse("train", *overrides, f"tracking.name={secret}-swordfish-2026", **environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for path in (tmp_path / "run").rglob("*"):
+        if path.is_file() and path.suffix in (".yaml", ".json", ".jsonl", ".log"):
+            assert secret not in path.read_text() and "swordfish" not in path.read_text(), path
+    assert secret not in done.stderr + done.stdout
+    assert "***" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_the_launcher_leaves_no_orphans(tiny, tmp_path):
+    overrides = [*tiny_overrides(tiny, tmp_path / "run"), *LONG]
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", "29655"]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            [*launcher, "launch/train.py", *overrides], cwd=ROOT, stdout=log, stderr=log,
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+        )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while "step    5/" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    process.wait(30)
+    while (left := _processes(str(tmp_path / "run"))) and time.monotonic() < deadline + 60:
+        time.sleep(0.2)
+    assert left == []
+    folder = checkpoint.find(tmp_path / "run")
+    assert folder is not None and int(folder.name[5:]) == last_step(tmp_path / "run")
+
+
+def _processes(words: str) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if words.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:  # it has just ended
+            continue
+    return found
