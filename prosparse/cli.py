@@ -83,8 +83,8 @@ def _run(verb: str, *rest: str) -> int:
         # A training meets its other ranks before it stops; the other verbs leave nothing half done.
         result = RUN[verb](config) if verb == "train" else interruptible(lambda: RUN[verb](config))()
     except Stopped as stopped:
-        if verb != "train" and speaks:
-            print(f"prosparse {verb}: stopped ({stopped}); nothing is half written, start it again", file=sys.stderr)
+        if speaks:
+            print(f"prosparse {verb}: stopped ({stopped}), nothing is half written: start it again", file=sys.stderr)
         return 75
     except Exception as error:
         line = f"prosparse {verb}: {' '.join(str(error).split())}"

@@ -26,7 +26,7 @@ def remember(memory: dict[str, float], loss: float, how: Guard) -> None:
     count = memory.get("count", 0) + 1
     weight = max(1 / count, 1 / how.memory)  # the plain mean until there is enough to forget
     distance = loss - memory.get("mean", 0.0)
-    memory["variance"] = (1 - weight) * (memory.get("variance", 0.0) + weight * distance**2 * (count > 1))
+    memory["variance"] = (1 - weight) * (memory.get("variance", 0.0) + weight * distance**2)
     memory["mean"] = memory.get("mean", 0.0) + weight * distance
     memory["count"] = count
 

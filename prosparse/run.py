@@ -111,7 +111,9 @@ def open_run(config: Train) -> Run:
     lock = checkpoint.claim(folder)
     try:
         return _open_claimed(config, folder, rank, world, device, lock)
-    except BaseException:
+    except BaseException as error:
+        if rank == 0 and isinstance(error, Stopped):
+            (folder / "STOP").unlink(missing_ok=True)
         checkpoint.release(folder, lock)
         raise
 

@@ -195,14 +195,6 @@ def test_a_folder_loads_without_running_its_code(tmp_path):
     assert not hasattr(loaded.config, "auto_map")
 
 
-def test_pickled_weights_are_not_read(tmp_path):
-    model = base_model("llama")
-    model.config.save_pretrained(tmp_path)
-    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="cannot be loaded"):
-        load_model(tmp_path, dtype=torch.float32)
-
-
 def test_missing_weights_are_named(tmp_path):
     model = base_model("llama")
     state_dict = {name: tensor for name, tensor in model.state_dict().items() if "layers.1.mlp.up" not in name}
@@ -277,6 +269,18 @@ def test_a_gguf_file_in_a_package_becomes_a_plain_model(tmp_path):
     saved = json.loads((tmp_path / "config.json").read_text())
     assert not {"quantization_config", "_model_name_or_path", "_name_or_path"} & set(saved)
     assert torch.equal(logits(load_model(tmp_path, dtype=torch.bfloat16)), logits(model))
+
+
+def test_pickled_weights_are_opened_only_if_asked_for_by_name(tmp_path):
+    model = base_model("llama_special")
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="trust_pickle=true"):
+        load_model(tmp_path, dtype=torch.float32)
+    with pytest.raises(ValueError, match="trust_pickle=true"):
+        load_model(tmp_path, dtype=torch.float32, trust_remote_code=True)
+    opened = load_model(tmp_path, dtype=torch.float32, trust_pickle=True)
+    assert torch.equal(logits(opened), logits(model.eval()))
 
 
 ENGINE_RUN = """

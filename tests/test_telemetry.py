@@ -7,7 +7,7 @@ from math import inf, nan
 import pytest
 
 from prosparse.config import Tracking, Wandb
-from prosparse.telemetry import Eta, Metrics, Tracker, duration, progress_line, read_metrics
+from prosparse.telemetry import Eta, Metrics, Tracker, duration, progress_line, read_metrics, redact
 
 TRAIN = {
     "kind": "train",
@@ -208,3 +208,10 @@ def test_online_without_a_login_warns_instead_of_asking_and_keeps_the_id(tmp_pat
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "kept\n"
     assert "training goes on without wandb (RuntimeError: not logged in" in done.stderr
+
+
+def test_secrets_of_the_environment_and_of_urls_are_not_written(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "disabled-here")
+    text = "key 0123456789abcdef at https://me:pass@host/x with hf_abcdefghijklmnopqrstuvwx, disabled-here, hf_name"
+    assert redact(text) == "key *** at https://***@host/x with ***, disabled-here, hf_name"

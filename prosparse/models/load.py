@@ -66,6 +66,11 @@ def load_model(
 
             partitioning = HfDeepSpeedConfig(zero3)  # from_pretrained looks for it for as long as it is alive
         config = load_config(source, revision=revision, trust_remote_code=trust_remote_code)
+        if isinstance(place, Path) and not trust_pickle and not any(place.glob("*.safetensors")):
+            raise ValueError(
+                f"{source} has no safetensors: convert its weights, or, if you trust who made them (a pickle can run "
+                "code), set model.trust_pickle=true (trust_pickle=true for measure, shift and export)"
+            )
         with _one_line(source):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 place,

@@ -221,30 +221,6 @@ def test_torchrun_starts_the_same_entry_and_module_and_plain_runs_go_too(runs, t
     )
 
 
-POISON = """
-import sys
-import prosparse.trainer as trainer
-from prosparse.cli import main
-whole, windows = trainer.accumulate, []
-def poisoned(engine, context, rows, factor, poll):
-    windows.append(factor)
-    return whole(engine, context, rows, float("nan") if len(windows) == 2 else factor, poll)
-trainer.accumulate = poisoned
-sys.exit(main(["train", *sys.argv[1:]]))
-"""
-
-
-def test_a_step_with_a_gradient_that_is_not_finite_uses_its_window_and_does_not_count(tiny, tmp_path):
-    overrides = [*tiny_overrides(tiny, tmp_path / "run"), "until=substitution"]
-    command = [sys.executable, "-c", POISON, *overrides]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [row for row in metrics(tmp_path / "run") if row["kind"] == "train"]
-    assert [(row["step"], row["window"], row["skipped"]) for row in rows] == [(1, 1, 0), (2, 3, 1), (3, 4, 1)]
-    assert "step 2 not applied" in done.stderr and "rows 4-7 left out" in done.stderr
-    assert [row["lr"] for row in rows] == pytest.approx([5e-4, 1e-3, rows[2]["lr"]])  # the schedule did not move
-
-
 def test_what_a_user_can_mend_is_one_line_and_leaves_nothing_half_written(runs, tiny, tmp_path):
     (tmp_path / "short.txt").write_text("too short")
     AutoTokenizer.from_pretrained(tiny["model"]).save_pretrained(tmp_path / "gpt2")

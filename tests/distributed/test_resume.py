@@ -92,6 +92,9 @@ def test_a_finished_stage_is_the_start_of_another_run(go):
     # the same tail is the same run, and the parent stays as it was
     go("same tail", f"fork={parent}@rise")
     assert trained(go.root / "same tail") == trained(parent)
+    # what lies after the last stage may differ too
+    text = go("other shift", f"fork={parent}@hold", "until=shift", "shift@recipe.shift=threshold")
+    assert "threshold 0.010" in text and trained(go.root / "other shift") == trained(parent)
     # started again it goes on by itself; without the optimizer's moments it trains otherwise
     go("tail", f"fork={parent}@rise", "recipe.stages.hold.l1.factor=0.1", "recipe.stages.hold.steps=4")
     go("new moments", f"fork={parent}@rise", "fork_optimizer=false")

@@ -82,6 +82,21 @@ def test_a_stop_in_an_evaluation_the_shift_or_before_the_first_step_can_be_resum
     assert (run_dir / "model" / "config.json").is_file() and (run_dir / "report" / "report.json").is_file()
 
 
+def test_a_stop_while_text_is_prepared_ends_all_ranks(start, tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(40):
+        (text / f"{number}.txt").write_text(f"document {number}: " + "a sparse neuron rests. " * 50_000)
+    group, run_dir = start("preparing", *LONG, f"data.sources.files.path={text}", f"data.cache={tmp_path / 'cache'}")
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "cache").glob(".preparing-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    (run_dir / "STOP").touch()
+    assert group.wait(60) == [75, 75], group.text()[-3000:]
+    assert "prosparse train: stopped (SIGUSR1)" in group.text() and "Traceback" not in group.text()
+    assert not list((tmp_path / "cache").glob("*")) and not (run_dir / "STOP").exists()
+
+
 def test_other_verbs_stop_too_and_leave_nothing_half_written(tiny, tmp_path):
     text = tmp_path / "long.txt"
     text.write_text("a sparse neuron rests while a dense one fires. " * 200_000)
