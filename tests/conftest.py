@@ -30,8 +30,14 @@ def tiny_llama(**changes) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> dict[str, Path]:
-    """A tiny base model with its tokenizer, and text to train it on: {"model": folder, "text": folder}."""
-    root = tmp_path_factory.mktemp("tiny")
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def make_tiny(root: Path, **changes) -> dict[str, Path]:
+    """A tiny base model with its tokenizer, text to train it on, and a place for the rows: their folders by name.
+
+    `changes` are of the model's config.
+    """
     (root / "text").mkdir()
     words = [
         "a",
@@ -59,7 +65,7 @@ def tiny(tmp_path_factory) -> dict[str, Path]:
     )
     raw.train_from_iterator((path.read_text() for path in (root / "text").glob("*.txt")), trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
-    tiny_llama().save_pretrained(root / "model")
+    tiny_llama(**changes).save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
     return {"model": root / "model", "text": root / "text", "cache": root / "cache"}
 

@@ -9,7 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,8 +89,15 @@ class Group:
         self.codes, self.hung = answer["codes"], answer["hung"]
         return self.codes
 
+    def ended(self, rank: int) -> bool:
+        """Whether a rank is gone, waited for or not."""
+        try:
+            return Path(f"/proc/{self.pids[rank]}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        except OSError:
+            return True
+
     def running(self) -> bool:
-        return all(Path(f"/proc/{pid}").exists() for pid in self.pids)
+        return not any(self.ended(rank) for rank in range(len(self.pids)))
 
     def text(self) -> str:
         """What it has said so far."""
@@ -114,50 +123,38 @@ class Group:
 def _inject(rank: int, what: dict) -> None:
     """Break something in this rank before it starts.
 
-    {"die_in_save": n, "rank": r}: SIGKILL at the n-th step of a save: a chunk that is written, a file or folder that is
-    made, renamed or removed. {"count_in_save": file}: write how many such steps the first save has. {"nan": windows,
+    {"die_in_save": n, "save": k, "rank": r, "signal": s}: signal s (default SIGKILL) to itself at the n-th step of a
+    save: a chunk that is written, a file or folder that is made, renamed or removed; in the first save from the k-th
+    (default 1) on that has so many. {"count_in_save": file}: write how many such steps each save has.
+    {"die_in_evaluation": n, "rank": r, "signal": s}: the same at the n-th forward pass of evaluations. {"nan": windows,
     "rank": r}: the loss is not finite in these windows of this process. {"full": bytes, "rank": r}: no larger file.
     {"memory": n}: no more memory in window n. {"fail": n}: an exception in window n.
     {"spike": {window: shift}}: the loss reported for it is higher.
     """
-    from prosparse import checkpoint, engine, shards, trainer
+    from prosparse import engine, trainer
 
     mine = what.get("rank", rank) == rank
+
+    def die(where: str) -> None:
+        number = signal.Signals(what.get("signal", signal.SIGKILL))
+        os.write(2, f"[injected] rank {rank}: {number.name} {where}\n".encode())
+        os.kill(os.getpid(), number)
+
     if "die_in_save" in what or "count_in_save" in what:
-        state = {"saving": False, "steps": 0}
-        whole_begin, whole_commit, whole_chunks = checkpoint.Saver.begin, checkpoint.Saver.commit, shards._chunks
-        shards.CHUNK = 16384
+        _watch_saves(rank, what, die if mine else lambda where: None)
+    if "die_in_evaluation" in what and mine:
+        whole_measure, passes = trainer.measure, []
 
-        def step() -> None:
-            if state["saving"]:
-                state["steps"] += 1
-                if mine and state["steps"] == what.get("die_in_save"):
-                    os.kill(os.getpid(), signal.SIGKILL)
+        def measure(*arguments, progress, **settings):
+            def counted(*now) -> None:
+                passes.append(now)
+                if len(passes) == what["die_in_evaluation"]:
+                    die(f"at pass {len(passes)} of evaluations")
+                progress(*now)
 
-        def begin(self, *arguments):
-            state["saving"] = True
-            return whole_begin(self, *arguments)
+            return whole_measure(*arguments, progress=counted, **settings)
 
-        def commit(self):
-            result = whole_commit(self)
-            state["saving"] = False
-            if "count_in_save" in what:
-                with open(f"{what['count_in_save']}-{rank}", "a") as file:
-                    file.write(f"{state['steps']}\n")
-            return result
-
-        def chunks(*arguments):
-            for chunk in whole_chunks(*arguments):
-                step()
-                yield chunk
-
-        def hook(event: str, arguments: tuple) -> None:
-            opened = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
-            if opened or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"):
-                step()
-
-        checkpoint.Saver.begin, checkpoint.Saver.commit, shards._chunks = begin, commit, chunks
-        sys.addaudithook(hook)
+        trainer.measure = measure
     if "full" in what and mine:
         import resource
 
@@ -180,6 +177,49 @@ def _inject(rank: int, what: dict) -> None:
 
     if {"nan", "fail", "spike", "memory"} & set(what):
         trainer.accumulate = engine.accumulate = accumulate
+
+
+def _watch_saves(rank: int, what: dict, die) -> None:
+    """Count the steps of every save; call `die` at the one that `what` names (see `_inject`)."""
+    from prosparse import checkpoint, shards
+
+    whole_begin, whole_commit, whole_chunks = checkpoint.Saver.begin, checkpoint.Saver.commit, shards._chunks
+    state = {"saving": False, "save": 0, "step": 0}
+    counting = threading.Lock()  # an asynchronous save has two threads
+    shards.CHUNK = 16384
+
+    def step(what_it_is: str) -> None:
+        if state["saving"]:
+            with counting:
+                state["step"] += 1
+                number = state["step"]
+            if number == what.get("die_in_save") and state["save"] >= what.get("save", 1):
+                die(f"at step {number} of save {state['save']}: {what_it_is}")
+
+    def begin(self, *arguments):
+        state.update(saving=True, save=state["save"] + 1, step=0)
+        return whole_begin(self, *arguments)
+
+    def commit(self):
+        result = whole_commit(self)
+        state["saving"] = False
+        if "count_in_save" in what:
+            with open(f"{what['count_in_save']}-{rank}", "a") as file:
+                file.write(f"{state['step']}\n")
+        return result
+
+    def chunks(*arguments):
+        for chunk in whole_chunks(*arguments):
+            step("chunk")
+            yield chunk
+
+    def hook(event: str, arguments: tuple) -> None:
+        opened = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+        if opened or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"):
+            step(f"{event} {os.path.basename(str(arguments[0]))}")
+
+    checkpoint.Saver.begin, checkpoint.Saver.commit, shards._chunks = begin, commit, chunks
+    sys.addaudithook(hook)
 
 
 def _child(rank: int, question: dict, port: int) -> None:
@@ -209,7 +249,10 @@ def _serve() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import deepspeed  # noqa: F401
+    import deepspeed
+
+    with suppress(ImportError):  # an engine imports it when it starts, and torch.compile with it, which takes seconds
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
     import prosparse.trainer  # noqa: F401
 
