@@ -24,10 +24,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from chains import Kind, Run, break_file, different, fill, means_the_same, messages, small_disk  # noqa: E402
 from conftest import make_tiny, tiny_overrides  # noqa: E402
 from launched import Launched  # noqa: E402
 from ranks import HANG_SECONDS, Group, Nursery  # noqa: E402
-from runs import Kind, Run, break_file, different, fill, means_the_same, messages, small_disk  # noqa: E402
 
 from prosparse import checkpoint  # noqa: E402
 from prosparse.telemetry import duration, read_metrics, versions  # noqa: E402
