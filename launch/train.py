@@ -2,7 +2,7 @@
 
 import sys
 
-from prosparse.cli import main
+from prosparse.cli import end, main
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    end(main(["train", *sys.argv[1:]]))

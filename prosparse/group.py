@@ -37,9 +37,12 @@ def start_group(
     """
     global _control
     environment = os.environ
-    for name, slurm in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
-        if name not in environment and "MASTER_ADDR" in environment and slurm in environment:
-            environment[name] = environment[slurm]
+    if "WORLD_SIZE" not in environment and "SLURM_STEP_NUM_TASKS" in environment:  # a task of srun
+        if "MASTER_ADDR" in environment:
+            names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+            environment.update({name: environment[slurm] for name, slurm in names.items()})
+        elif int(environment["SLURM_STEP_NUM_TASKS"]) > 1:
+            raise ValueError("srun started several tasks without MASTER_ADDR: start them as launch/slurm.sbatch does")
     if "WORLD_SIZE" not in environment:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -53,10 +56,6 @@ def start_group(
     bin_folder = str(Path(sys.executable).parent)  # DeepSpeed compiles an op with the ninja that lies beside python
     if bin_folder not in environment["PATH"].split(os.pathsep):
         environment["PATH"] = bin_folder + os.pathsep + environment["PATH"]
-    world = int(environment["WORLD_SIZE"])
-    local_sizes = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")  # torchrun, DeepSpeed, Slurm
-    here = next((int(environment[name]) for name in local_sizes if name in environment), world)
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // here))
     torch.manual_seed(seed)
     if not cuda and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         # Keep freed tensors in the process: glibc would hand each back to the kernel and fault it in again next time.
@@ -70,7 +69,15 @@ def start_group(
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
         _control = dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD
     patience(timeout_seconds)
+    cores = os.sched_getaffinity(0)
+    sharing = [other for host, other in gathered((_host(), cores)) if host == _host() and other & cores]
+    torch.set_num_threads(threads or max(1, len(cores) // len(sharing)))
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def _host() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id")  # which containers of one machine share
+    return boot.read_text() if boot.exists() else socket.gethostname()
 
 
 def rank_and_world() -> tuple[int, int]:

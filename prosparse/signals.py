@@ -69,8 +69,8 @@ def listening() -> Iterator[None]:
         yield
     finally:
         over.set()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, handler in before.items():  # who was asked once ends in peace: launchers ask again, rank by rank
+            signal.signal(number, handler if _reason is None else signal.SIG_IGN)
 
 
 def interruptible(function: Callable[[], T]) -> Callable[[], T]:

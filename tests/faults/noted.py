@@ -7,9 +7,9 @@ import os
 import sys
 from pathlib import Path
 
-from prosparse.cli import main
+from prosparse.cli import end, main
 
 if __name__ == "__main__":
     code = main(["train", *sys.argv[1:]])
     Path(os.environ["EXIT_CODES"], os.environ["RANK"]).write_text(str(code))
-    sys.exit(code)
+    end(code)
