@@ -103,6 +103,13 @@ def validate_recipe(recipe: Recipe) -> None:
         _validate_lr(merged_lr(recipe.lr, stage.lr), f"recipe.stages.{name}.lr")
         decay = stage.weight_decay
         require(decay is None or decay >= 0, f"recipe.stages.{name}.weight_decay is {decay}: give 0 or larger")
+    scale = recipe.scale
+    require(scale.steps > 0, f"recipe.scale.steps is {scale.steps}: give a positive factor")
+    require(scale.batch > 0, f"recipe.scale.batch is {scale.batch}: give a positive factor")
+    require(scale.tokens is None or scale.tokens > 0, f"recipe.scale.tokens is {scale.tokens}: give a positive number")
+    require(
+        scale.tokens is None or scale.steps == 1, "recipe.scale.tokens and recipe.scale.steps are both given: keep one"
+    )
     adamw = recipe.optimizer
     require(
         len(adamw.betas) == 2 and all(0 <= beta < 1 for beta in adamw.betas),

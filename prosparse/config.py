@@ -162,6 +162,15 @@ class Optimizer:
 
 
 @dataclass
+class Scale:
+    """The same recipe made shorter or smaller: every stage by one factor, at least one step and one sequence each."""
+
+    steps: float = 1.0  # of the steps of all stages, and of the learning rate's warm-up and decay
+    tokens: float | None = None  # instead of steps: what all stages together train
+    batch: float = 1.0  # of the sequences of every window
+
+
+@dataclass
 class Recipe:
     activation: Activation = field(default_factory=Activation)
     stages: dict[str, Stage] = field(default_factory=dict)
@@ -171,6 +180,7 @@ class Recipe:
     batch: Batch = field(default_factory=Batch)
     optimizer: Optimizer = field(default_factory=Optimizer)
     control: Control = Control.none
+    scale: Scale = field(default_factory=Scale)
 
 
 # --- what it happens to, where and how --------------------------------------------------------------------------------

@@ -4,10 +4,11 @@ In: a `Recipe` and an optimizer step (1-based; only applied steps count). Out: p
 The schedule is Algorithm 1 of arXiv 2402.13516, with λ allowed to fall as well as to rise.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import cos, pi, sin
+from typing import Any
 
-from prosparse.config import Control, L1Shape, Lr, LrSchedule, PenaltyUnit, Recipe, Stage, StageLr, merged_lr
+from prosparse.config import Control, L1Shape, Lr, LrSchedule, PenaltyUnit, Recipe, Scale, Stage, StageLr, merged_lr
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,36 @@ def spans(recipe: Recipe) -> list[Span]:
 
 def total_steps(recipe: Recipe) -> int:
     return sum(stage.steps for stage in recipe.stages.values())
+
+
+def total_tokens(recipe: Recipe) -> int:
+    """The tokens of all steps."""
+    batches = [batch_at(recipe, span.first) for span in spans(recipe)]
+    return sum(s.stage.steps * rows * context for s, (rows, context) in zip(spans(recipe), batches, strict=True))
+
+
+def scaled(recipe: Recipe) -> Recipe:
+    """The recipe that `recipe.scale` asks for, with a scale of 1; λ, contexts and peak learning rates stay."""
+    scale = recipe.scale
+
+    def smaller(batch: Any) -> Any:
+        rows = batch.sequences
+        return replace(batch, sequences=None if rows is None else max(1, round(rows * scale.batch)))
+
+    def shorter(lr: Any) -> Any:
+        warmup, decay = lr.warmup_steps, lr.decay_steps
+        warmup = None if warmup is None else round(warmup * factor)
+        return replace(lr, warmup_steps=warmup, decay_steps=None if decay is None else max(1, round(decay * factor)))
+
+    stages = {name: replace(stage, batch=smaller(stage.batch)) for name, stage in recipe.stages.items()}
+    small = replace(recipe, batch=smaller(recipe.batch), stages=stages, scale=Scale())
+    factor = scale.steps if scale.tokens is None else scale.tokens / total_tokens(small)
+    small.stages = {
+        name: replace(stage, steps=max(1, round(stage.steps * factor)), lr=shorter(stage.lr))
+        for name, stage in stages.items()
+    }
+    small.lr = shorter(recipe.lr)
+    return small
 
 
 def stage_at(recipe: Recipe, step: int) -> Span:

@@ -7,7 +7,7 @@ report/) and the report as a dict.
 import gc
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def train(config: Train) -> dict:
     checkpoint cannot be written, RuntimeError for faults of the numbers, and Stopped, after it has saved, if it was
     asked to stop.
     """
-    run = open_run(config)
+    run = open_run(replace(config, recipe=schedule.scaled(config.recipe)))
     try:
         first_evaluations(run)
         while not train_stages(run):

@@ -123,3 +123,73 @@ def test_a_step_outside_the_recipe_is_an_error():
     for step in (0, 16501):
         with pytest.raises(ValueError, match="outside the recipe"):
             schedule.l1_factor(recipe(), step)
+
+
+PUBLISHED = {  # recipe: (accumulated steps, λ, billions of tokens) at the end of each stage, peak learning rate
+    "prosparse_7b": (
+        [(5000, 0, 10.49), (6000, 5e-3, 12.58), (10000, 5e-2, 20.97), (12000, 5e-2, 25.17), (16000, 2e-1, 33.55),
+         (16500, 2e-1, 34.60)], 3e-5,
+    ),
+    "prosparse_13b": (
+        [(5500, 0, 46.14), (6750, 5e-3, 56.62), (10750, 1e-2, 90.18), (11000, 1e-2, 92.27), (15000, 2e-2, 125.83),
+         (16000, 2e-2, 134.22)], 5e-5,
+    ),
+    "prosparse_1b": (
+        [(10000, 0, 49.15), (15000, 1e-3, 73.73), (20000, 5e-3, 98.30), (25000, 5e-3, 122.88), (35000, 5e-2, 172.03),
+         (95000, 5e-2, 466.94)], 1e-4,
+    ),
+    "turbosparse_mistral": ([(17881, 0, 150.0)], 5e-5),
+    "bamboo_7b": ([(35763, 0, 150.0), (47684, 0, 200.0)], 5e-5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_steps_factors_tokens_and_peaks_are_the_published_ones(name):
+    published, peak = PUBLISHED[name]
+    chosen = recipe(f"recipe={name}")
+    spans = schedule.spans(chosen)
+    tokens = 0.0
+    assert len(spans) == len(published)
+    for span, (steps, factor, billions) in zip(spans, published, strict=True):
+        sequences, context = schedule.batch_at(chosen, span.first)
+        tokens += span.stage.steps * sequences * context / 1e9
+        assert (span.last, schedule.l1_factor(chosen, span.last)) == (steps, factor)
+        assert tokens == pytest.approx(billions, abs=6e-3)
+    assert schedule.total_tokens(chosen) / 1e9 == pytest.approx(published[-1][2], abs=6e-3)
+    rates = [schedule.learning_rate(chosen, step) for step in range(1, spans[-1].last + 1, 100)]
+    assert max(rates) == pytest.approx(peak, rel=1e-2)
+
+
+def test_what_else_is_published_of_a_recipe():
+    bamboo = recipe("recipe=bamboo_7b")
+    first, second = schedule.spans(bamboo)
+    assert schedule.activation(bamboo) == ("drelu", 0.0) and not schedule.shifts(bamboo)
+    assert (schedule.batch_at(bamboo, 1)[1], schedule.batch_at(bamboo, second.first)[1]) == (2048, 4096)
+    assert schedule.learning_rate(bamboo, second.first) == pytest.approx(5e-6, rel=1e-6)
+    assert [schedule.weight_decay(bamboo, span.first) for span in (first, second)] == [0.1, 0.01]
+    turbo = recipe("recipe=turbosparse_mistral")
+    assert schedule.learning_rate(turbo, 17881) == pytest.approx(5e-6) and turbo.optimizer.betas == [0.9, 0.95]
+    small = recipe("recipe=prosparse_1b")
+    assert small.shift.threshold == 0.03 and schedule.learning_rate(small, 30000) == small.lr.peak
+    assert schedule.learning_rate(small, 95000) < small.lr.peak
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_scaled_recipe_keeps_its_shape(name):
+    whole = recipe(f"recipe={name}", "recipe.scale.steps=1e-3", "recipe.scale.batch=0.01")
+    small = schedule.scaled(whole)
+    assert list(small.stages) == list(whole.stages) and small.scale == schedule.Scale()
+    assert [s.steps for s in small.stages.values()] == [max(1, round(s.steps / 1000)) for s in whole.stages.values()]
+    for one, other in zip(schedule.spans(small), schedule.spans(whole), strict=True):
+        assert schedule.l1_factor(small, one.last) == schedule.l1_factor(whole, other.last)
+        sequences, context = schedule.batch_at(whole, other.first)
+        assert schedule.batch_at(small, one.first) == (max(1, round(sequences / 100)), context)
+    assert small.lr.peak == whole.lr.peak and schedule.scaled(small) == small
+
+
+def test_a_token_budget_is_shared_by_all_stages():
+    small = schedule.scaled(recipe("recipe=drelu_progressive", "recipe.scale.tokens=5e9"))
+    assert schedule.total_tokens(small) == pytest.approx(5e9, rel=1e-3)
+    assert [s.steps for s in small.stages.values()] == [5722, 2861, 954] and small.lr.warmup_steps == 286
+    with pytest.raises(ValueError, match=r"recipe\.scale\.tokens and recipe\.scale\.steps are both given"):
+        recipe("recipe.scale.tokens=1e9", "recipe.scale.steps=0.5")
