@@ -31,7 +31,16 @@ from prosparse.group import agree, from_rank_zero, gathered, rank_and_world
 FORMAT = 2
 ENGINE = "engine"  # the folder of the ranks' own files
 NAME = re.compile(r"step-\d{8}")
+_locks: set[int] = set()  # descriptors; a forked worker that kept one would keep the folder locked
 LOCK_SECONDS = 5.0  # a run that has just been stopped may take so long to let go of its folder
+
+
+def _let_go() -> None:
+    for lock in _locks:
+        os.close(lock)
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 @dataclass
@@ -93,14 +102,21 @@ class Saver:
         """Whether this rank's part of the pending checkpoint is on the disk, or has failed."""
         return self._pending is None or self._pending.files.done()
 
-    def begin(self, engine: Any, state: TrainState, record: dict, write_skeleton: Callable[[Path], None]) -> None:
-        """Write the checkpoint of `state.step` to step-N.tmp.
+    def begin(
+        self,
+        engine: Any,
+        state: TrainState,
+        record: dict,
+        write_skeleton: Callable[[Path], None],
+        began: float | None = None,
+    ) -> None:
+        """Write the checkpoint of `state.step` to step-N.tmp; `began`: when training began to wait (perf_counter).
 
         `record` goes into the manifest; `write_skeleton(folder)` writes the model's config and tokenizer. An error of
         this rank's writing waits for `commit`, where all ranks raise it.
         """
         assert self._pending is None
-        began, (rank, world) = time.perf_counter(), rank_and_world()
+        began, (rank, world) = began or time.perf_counter(), rank_and_world()
         final = self.run_dir / "checkpoints" / f"step-{state.step:08d}"
         temporary = final.with_suffix(".tmp")
 
@@ -161,7 +177,7 @@ class Saver:
             from_rank_zero(lambda: shutil.rmtree(temporary, ignore_errors=True))
             error.args = (f"{pending.folder} could not be saved: {error}",)
             raise
-        from_rank_zero(lambda: _prune(self.run_dir, self.how))
+        from_rank_zero(lambda: _try_to_prune(self.run_dir, self.how))
         now = time.perf_counter()
         size = sum(entry["size"] for entry in files.values())
         return Saved(pending.folder, size, pending.blocked_seconds + now - began, now - pending.began)
@@ -259,6 +275,7 @@ def release(run_dir: Path, lock: int | None) -> None:
     """Let another run have the folder."""
     if lock is not None:
         (run_dir / ".lock").unlink(missing_ok=True)
+        _locks.discard(lock)
         os.close(lock)
 
 
@@ -277,7 +294,7 @@ def read_manifest(folder: Path) -> dict:
         manifest = json.loads((folder / "manifest.json").read_text())
         own = manifest.pop("xxh3_128")
     except OSError as error:
-        raise ValueError(f"{folder} is no complete checkpoint: it has no manifest.json") from error
+        raise ValueError(f"{folder} is no complete checkpoint: manifest.json: {error.strerror}") from error
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{folder} is damaged: manifest.json cannot be read") from error
     if own != _digest_of(manifest):
@@ -299,9 +316,13 @@ def verify(folder: Path, rank: int = 0, world: int = 1) -> dict:
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{folder} is damaged: {name} lies outside of it")
-        if not path.is_file():
-            raise ValueError(f"{folder} is damaged: {name} is missing")
-        if path.stat().st_size != entry["size"] or (number % world == rank and shards.digest(path) != entry):
+        try:
+            same = path.stat().st_size == entry["size"] and (number % world != rank or shards.digest(path) == entry)
+        except FileNotFoundError as error:
+            raise ValueError(f"{folder} is damaged: {name} is missing") from error
+        except OSError as error:
+            raise ValueError(f"{folder} is damaged: {name} cannot be read ({error.strerror})") from error
+        if not same:
             raise ValueError(f"{folder} is damaged: {name} is not the file that was saved")
     return manifest
 
@@ -351,12 +372,22 @@ def find_stage(run_dir: Path, stage: str) -> Path:
 
 
 def supersede(run_dir: Path, step: int) -> None:
-    """Set aside every checkpoint of a later step than the one a run goes on from, as step-N.superseded."""
+    """Set aside every checkpoint of a later step than the one a run goes on from, as step-N.superseded, -2, ..."""
     for folder in _folders(run_dir):
         if int(folder.name[5:]) > step:
-            aside = folder.with_suffix(".superseded")
-            shutil.rmtree(aside, ignore_errors=True)
+            names = [
+                folder.with_suffix(".superseded"),
+                *(folder.with_suffix(f".superseded-{n}") for n in range(2, 1000)),
+            ]
+            aside = next(name for name in names if not name.exists())
             folder.rename(aside)
+            print(f"{folder} is of a later step: set aside as {aside.name}", file=sys.stderr, flush=True)
+
+
+def bytes_used(run_dir: Path) -> int:
+    """The bytes of a run's checkpoints, without those that were set aside."""
+    folders = (folder for folder in (run_dir / "checkpoints").glob("step-*") if ".superseded" not in folder.name)
+    return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
 
 
 def checkpoints_kept(steps: int, stage_ends: list[int], how: Save) -> int:
@@ -392,6 +423,7 @@ def _lock(run_dir: Path) -> int:
             print(f"{run_dir} cannot be locked ({error.strerror}): start no second run there", file=sys.stderr)
             break
         os.close(descriptor)
+    _locks.add(descriptor)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     return descriptor
@@ -415,6 +447,14 @@ def _digest_of(manifest: dict) -> str:
 def _folders(run_dir: Path) -> list[Path]:
     """Every step-N, newest first; not what is temporary or set aside."""
     return sorted((f for f in (run_dir / "checkpoints").glob("step-*") if NAME.fullmatch(f.name)), reverse=True)
+
+
+def _try_to_prune(run_dir: Path, how: Save) -> None:
+    """What cannot be removed (on NFS while somebody reads it) is told, and tried again after the next save."""
+    try:
+        _prune(run_dir, how)
+    except OSError as error:
+        print(f"an old checkpoint could not be removed: {error}", file=sys.stderr, flush=True)
 
 
 def _prune(run_dir: Path, how: Save) -> None:

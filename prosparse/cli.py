@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or given[0] in ("-h", "--help"):
         print(USAGE, file=sys.stderr)
         return 0 if given else 2
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a rank that ends makes the others print traces of C++
     with listening():
         return _run(*given)
 
@@ -101,7 +102,8 @@ def _run(verb: str, *rest: str) -> int:
             print(f"prosparse {verb}: stopped ({stopped}), nothing is half written: start it again", file=sys.stderr)
         return 75
     except Exception as error:
-        line = f"prosparse {verb}: {' '.join(str(error).split())}"
+        unexpected = "Traceback (most recent call last)" in str(error)  # of another rank
+        line = str(error) if unexpected else f"prosparse {verb}: {' '.join(str(error).split())}"
         if not running or getattr(error, "shared", False):  # every rank has it: one of them tells
             if speaks:
                 print(line, file=sys.stderr)

@@ -21,6 +21,7 @@ from prosparse.group import gathered
 from prosparse.guard import watching
 from prosparse.penalty import PenaltyContext
 from prosparse.sparsity import labeled, language_loss
+from prosparse.telemetry import redact
 
 
 @dataclass
@@ -126,6 +127,8 @@ def deepspeed_config(config: Train, world: int) -> dict:
     for key in zero.extra:
         if key in ("stage", "overlap_comm"):
             raise ValueError(f"zero.extra.{key} contradicts zero.{key}: set zero.{key} instead")
+        if key in ("zero_hpz_partition_size", "mics_shard_size"):
+            raise ValueError(f"zero.extra.{key}: a second copy of the weights, which a resume does not fill: remove it")
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     try:
@@ -140,6 +143,7 @@ def deepspeed_config(config: Train, world: int) -> dict:
         "gradient_clipping": recipe.optimizer.clip,
         "zero_optimization": own | zero.extra,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # offloaded states are stepped by torch's AdamW too
         "steps_per_print": 2**31,
     }
 
@@ -189,5 +193,5 @@ def _counts(data: Batch) -> list[int]:
 
 
 def plain(config: Train) -> dict:
-    """The config as JSON knows it."""
-    return json.loads(json.dumps(asdict(config)))
+    """The config as JSON knows it, without secrets."""
+    return json.loads(redact(json.dumps(asdict(config))))

@@ -8,9 +8,11 @@ import ctypes
 import os
 import socket
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,12 +20,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from prosparse.signals import Stopped
+from prosparse.signals import Stopped, expendable
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 NOTICE_SECONDS = 5.0  # in which all ranks that live notice that one does not
 FAILED, ALIVE = "prosparse/failed", "prosparse/alive"  # keys in the group's store
 T = TypeVar("T")
+_claim: socket.socket | None = None
+_patience = 0.0  # seconds
 _control: Any = None  # a gloo group on the CPU, for what the ranks have to agree on between collectives of the engine
 
 
@@ -66,8 +70,9 @@ def start_group(
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         timeout = timedelta(seconds=timeout_seconds)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
-        _control = dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD
+        with expendable():
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+            _control = dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD
     patience(timeout_seconds)
     cores = os.sched_getaffinity(0)
     sharing = [other for host, other in gathered((_host(), cores)) if host == _host() and other & cores]
@@ -86,9 +91,22 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def patience(seconds: float) -> None:
-    """How long a collective waits for the other ranks before the run ends: long while one loads or writes."""
+    """From now on a collective waits so long for the other ranks before the run ends."""
+    global _patience
+    _patience = seconds
     for group in list(dist.distributed_c10d._world.pg_map):  # DeepSpeed has groups of its own
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+@contextmanager
+def waiting(seconds: float) -> Iterator[None]:
+    """Within, collectives wait so long: while ranks load or write."""
+    before = _patience
+    patience(seconds)
+    try:
+        yield
+    finally:
+        patience(before)
 
 
 def on_any_rank(*flags: bool) -> list[bool]:
@@ -115,9 +133,8 @@ def from_rank_zero(function: Callable[[], T]) -> T:
         try:
             answer[0] = function()
         except (Exception, Stopped) as error:  # whatever it is has to reach the others, or they wait for ever
-            kinds: tuple = (ValueError, OSError, Stopped)
-            kind = next((known for known in kinds if isinstance(error, known)), RuntimeError)
-            answer[1] = kind(str(error) if kind is not RuntimeError else repr(error))
+            kind, text = _told(error)
+            answer[1] = kind(text)
     dist.broadcast_object_list(answer)
     if answer[1] is not None:
         raise shared(answer[1])
@@ -127,16 +144,15 @@ def from_rank_zero(function: Callable[[], T]) -> T:
 def agree(function: Callable[[], T]) -> T:
     """Run `function`, which must not communicate, on every rank; if it fails on any, every rank raises.
 
-    Stopped if a rank was, ValueError if all failures are, else OSError; the message is that of the first rank that
-    failed, and names it.
+    Stopped if a rank was, ValueError if all failures are, else OSError, or RuntimeError with its traceback; the message
+    is that of the first rank that failed, and names it.
     """
     result: Any = None
     failure: tuple[type, str] | None = None
     try:
         result = function()
     except (Exception, Stopped) as error:  # as above
-        kind = next((known for known in (ValueError, Stopped) if isinstance(error, known)), OSError)
-        failure = (kind, str(error) if isinstance(error, ValueError | OSError | Stopped) else repr(error))
+        failure = _told(error)
     failures = [failure]
     if dist.is_initialized():
         failures = [None] * dist.get_world_size()
@@ -146,8 +162,14 @@ def agree(function: Callable[[], T]) -> T:
         kinds = {kind for _, kind, _ in found}
         rank, _, text = found[0]
         text = text if len(found) == len(failures) else f"rank {rank}: {text}"
-        raise shared(next(known for known in (Stopped, OSError, ValueError) if known in kinds)(text))
+        raise shared(next(known for known in (Stopped, RuntimeError, OSError, ValueError) if known in kinds)(text))
     return result
+
+
+def _told(error: BaseException) -> tuple[type, str]:
+    """An error as other ranks raise it: its kind and message, or, if nobody expected it, its traceback."""
+    kind = next((known for known in (ValueError, OSError, Stopped) if isinstance(error, known)), RuntimeError)
+    return kind, str(error) if kind is not RuntimeError else "".join(traceback.format_exception(error)).strip()
 
 
 def gathered(value: T) -> list[T]:
@@ -181,30 +203,64 @@ def last_words(text: str, error: BaseException) -> None:
     if world == 1:
         print(text, file=sys.stderr, flush=True)
         return
-    try:
-        store = dist.distributed_c10d._get_default_store()
-        if not _of_another_rank(error):
-            if store.add(FAILED, 1) == 1:
-                print(f"[rank {rank}] {text}", file=sys.stderr, flush=True)
-            return
-        store.set(f"{ALIVE}/{rank}", "")
-        time.sleep(NOTICE_SECONDS)
-        if store.add(FAILED, 0) > 0:  # the one that failed has told why
-            return
-        living = [other for other in range(world) if store.check([f"{ALIVE}/{other}"])]
-        gone = [other for other in range(world) if other not in living]
-        speaker = living[0]
-    except Exception:  # the store went with rank 0
-        gone, speaker = [0], 1
-    if rank == speaker:
+    others = _of_another_rank(error)
+    answer = _in_time(lambda: _ask_store(rank, world, others), 3 * NOTICE_SECONDS)
+    told, gone = answer or (False, [0])  # no answer: the store is gone, or hangs, with rank 0
+    if told:
+        return
+    if not others:
+        print(f"[rank {rank}] {text}", file=sys.stderr, flush=True)
+        if rank == 0:  # the store, which the others ask who failed, lives in this process
+            time.sleep(2 * NOTICE_SECONDS)
+        return
+    first = rank == next(other for other in range(world) if other not in gone)
+    if first if answer else _first_on_host():
         where = "".join(traceback.format_tb(error.__traceback__)[-3:])
         names = f"rank{'s' * (len(gone) > 1)} {', '.join(map(str, gone))}" if gone else "a rank"
         print(
-            f"{names} ended without a word or did not answer (killed? out of memory? a host that is gone?); rank "
-            f"{rank} waited for it here:\n{where}{type(error).__name__}: {error}",
+            f"{names} ended without a word or did not answer (killed? out of memory? a lost host? if only slow: "
+            f"raise timeouts.steady_seconds or timeouts.start_seconds); rank {rank} waited here:\n{where}"
+            f"{type(error).__name__}: {error}",
             file=sys.stderr,
             flush=True,
         )
+        if not answer:
+            time.sleep(NOTICE_SECONDS)  # keeps the name that `_first_on_host` took
+
+
+def _first_on_host() -> bool:
+    """Whether this rank is the first on its host to ask: by a socket's name (Linux), which only one can have."""
+    global _claim
+    _claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        _claim.bind(f"\0prosparse-{os.getppid()}-{os.environ['MASTER_PORT']}")
+        return True
+    except OSError:
+        return False
+
+
+def _ask_store(rank: int, world: int, others: bool) -> tuple[bool, list[int]]:
+    """(whether a rank has told why the group ends, the ranks that do not turn up)"""
+    store = dist.distributed_c10d._get_default_store()
+    if not others:
+        return store.add(FAILED, 1) > 1, []
+    store.set(f"{ALIVE}/{rank}", "")
+    time.sleep(NOTICE_SECONDS)
+    return store.add(FAILED, 0) > 0, [other for other in range(world) if not store.check([f"{ALIVE}/{other}"])]
+
+
+def _in_time(function: Callable[[], T], seconds: float) -> T | None:
+    """The result of `function`; None if it fails or takes longer: a store whose process hangs answers never."""
+    results: list[T] = []
+
+    def run() -> None:
+        with suppress(Exception):
+            results.append(function())
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return results[0] if results else None
 
 
 def _of_another_rank(error: BaseException) -> bool:

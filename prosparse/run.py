@@ -4,6 +4,7 @@ In: a `Train` config, the same on every rank. Out: a `Run` whose engine and stat
 """
 
 import copy
+import gc
 import json
 import shutil
 import sys
@@ -28,7 +29,7 @@ from prosparse.group import agree, from_rank_zero, on_any_rank, same_everywhere,
 from prosparse.models.formats import released_config
 from prosparse.models.load import load_config, load_model, load_tokenizer
 from prosparse.signals import Stopped, interruptible
-from prosparse.telemetry import Metrics, Tracker, header, redact, versions
+from prosparse.telemetry import Metrics, Tracker, header, versions, write_atomically
 
 DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
 GB = 1e9
@@ -52,6 +53,9 @@ class Run:
     own_activation: tuple[str, float] = ("", 0.0)  # the base model's
     activation: tuple[str, float] = ("", 0.0)  # what the recipe trains with
     state: TrainState = field(default_factory=TrainState)
+    identity: dict = field(default_factory=dict)  # what must not change between the parts of one run
+    origin: str | None = None  # "fork RUN@STAGE" or "resume PATH" that the run descends from
+    began_from: tuple[Path, dict] | None = None  # the checkpoint, with its manifest, that this start went on from
     saved_step: int = 0  # of the newest checkpoint, committed or on its way
     evaluated_step: int | None = None  # of the last evaluation during training
     complete: bool = False  # whether the checkpoint on its way is on the disk, on every rank
@@ -131,24 +135,39 @@ def _open_claimed(config: Train, folder: Path, rank: int, world: int, device: to
     prepared = agree(lambda: {length: open_prepared(parts) for length, parts in folders.items()})
     run = Run(config, folder, rank, world, device, tokenizer, prepared, Saver(folder, config.save), lock)
     substitution = start_model(run)
+    run.identity = identity(run)
     run.state = resume(run)
     run.saved_step = run.state.step
     from_rank_zero(lambda: _check_disk(run))
 
     def begin() -> None:
-        checkpoint.supersede(folder, run.state.step)
         text = yaml.safe_dump(plain(config) | {"versions": versions()}, sort_keys=False, allow_unicode=True)
-        (folder / "config.yaml").write_text(redact(text))
+        (folder / "config.yaml").write_text(text)
         run.metrics = Metrics(folder, run.state.step or -1)
-        run.tracker = Tracker(
-            config.tracking, folder, json.loads(redact(json.dumps(plain(config)))), run.state.tracking_id
-        )
+        run.tracker = Tracker(config.tracking, folder, plain(config), run.state.tracking_id)
         run.state.tracking_id = run.tracker.id
 
     from_rank_zero(begin)
-    run.evaluated_step = from_rank_zero(lambda: run.metrics.evaluated_step if run.metrics is not None else None)
+    read_back(run)
     run.say(header(config, run.engine.module, substitution, prepared, run.state.step, world, device))
     return run
+
+
+def read_back(run: Run) -> None:
+    """What the metrics know beyond the checkpoint: the last evaluation, and the windows of rewinds since."""
+    known = from_rank_zero(lambda: (run.metrics.evaluated_step, run.metrics.rewinds) if run.metrics else (None, []))
+    run.evaluated_step, rewinds = known
+    run.rewinds = len(rewinds)
+    run.state.dropped_windows = sorted({*run.state.dropped_windows, *(w for windows in rewinds for w in windows)})
+
+
+def free_engine(run: Run) -> None:
+    """Give back the memory of the engine and its model, of which nobody else may hold a reference."""
+    run.engine.destroy()
+    run.engine = None
+    gc.collect()
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def start_model(run: Run) -> Any:
@@ -209,8 +228,7 @@ def _check_disk(run: Run) -> None:
     kept = checkpoint.checkpoints_kept(
         schedule.total_steps(recipe), [span.last for span in schedule.spans(recipe)], how
     )
-    own = sum(path.stat().st_size for path in (run.folder / "checkpoints").rglob("*") if path.is_file())
-    free = shutil.disk_usage(run.folder).free + own
+    free = shutil.disk_usage(run.folder).free + checkpoint.bytes_used(run.folder)
     run.say(
         f"checkpoints: {size / GB:.2f} GB each, {kept * size / GB:.1f} GB at most at a time, {free / GB:.1f} GB free"
     )
@@ -234,44 +252,60 @@ def identity(run: Run) -> dict:
     return kept
 
 
-def resume(run: Run, again: bool = False) -> TrainState:
-    """The state to go on from, with the engine filled: a checkpoint's, a fork's, or that of a new run.
-
-    `again`: after a rewind, to the newest one whatever `resume` says.
-    """
-    how, folder, fork = "auto" if again else run.config.resume, run.folder, run.config.fork
-    found = None
-    if how in ("auto", "must"):
-        found = checkpoint.find_together(folder)
-    elif how == "never":
-        if from_rank_zero(lambda: any((folder / "checkpoints").glob("step-*"))):
-            raise ValueError(f"resume=never, but {folder} has checkpoints: choose another run_dir or resume=auto")
-    else:
-        found = Path(how).expanduser(), checkpoint.verify_together(Path(how).expanduser())
+def resume(run: Run) -> TrainState:
+    """The state to go on from, with the engine filled: a checkpoint's, a fork's, or that of a new run."""
+    how, folder, fork = run.config.resume, run.folder, run.config.fork
+    if how == "never" and from_rank_zero(lambda: any((folder / "checkpoints").glob("step-*"))):
+        raise ValueError(f"resume=never, but {folder} has checkpoints: choose another run_dir or resume=auto")
+    found = checkpoint.find_together(folder)
     if how == "must" and found is None:
         raise ValueError(f"resume=must, but {folder} has no complete checkpoint: check run_dir or use resume=auto")
     if found is not None:
-        chosen, manifest = found
-        told = checkpoint.difference(manifest["identity"], identity(run))
-        if told is not None:
-            raise ValueError(
-                f"{chosen} was trained otherwise: {told}: use the same settings or another run_dir "
-                "(fork=RUN@STAGE goes on from the end of a stage with another recipe)"
-            )
-        state = _restore(run, chosen, manifest)
-    elif fork is not None:
-        parent, _, stage = fork.rpartition("@")
-        chosen = from_rank_zero(lambda: checkpoint.find_stage(Path(parent).expanduser(), stage))
-        manifest = checkpoint.verify_together(chosen)
-        _check_fork(run, chosen, manifest)
-        state = _restore(run, chosen, manifest)
-        state.tracking_id = None
-        if not run.config.fork_optimizer:
-            shards.forget_moments(run.engine)
-        if run.rank == 0 and not (folder / "metrics.jsonl").exists():
-            shutil.copyfile(Path(parent).expanduser() / "metrics.jsonl", folder / "metrics.jsonl")
-    else:
+        run.origin = found[1]["origin"]
+    if how not in ("auto", "must", "never"):
+        path, before = Path(how).expanduser(), run.origin
+        run.origin = f"resume {path.resolve()}"
+        if before != run.origin:  # else the run has gone on from PATH before, and its own checkpoints are further
+            found = path, checkpoint.verify_together(path)
+    elif found is not None and fork is not None and run.origin != f"fork {fork}":
+        raise ValueError(f"fork={fork}, but {folder} has a run that began otherwise: choose another run_dir")
+    if found is None and fork is not None:
+        return _begin_fork(run, fork)
+    if found is None:
         return TrainState()
+    chosen, manifest = found
+    told = checkpoint.difference(manifest["identity"], run.identity)
+    if told is not None:
+        raise ValueError(
+            f"{chosen} was trained otherwise: {told}: use the same settings or another run_dir "
+            "(fork=RUN@STAGE goes on from the end of a stage with another recipe)"
+        )
+    return _restore(run, chosen, manifest)
+
+
+def go_back(run: Run) -> TrainState:
+    """The state of the newest checkpoint of this run, else of the one that it began from, with the engine filled."""
+    found = checkpoint.find_together(run.folder)
+    if found is None or found[1]["origin"] != run.origin:
+        found = run.began_from
+    if found is None:
+        return TrainState()
+    return _restore(run, *found)
+
+
+def _begin_fork(run: Run, fork: str) -> TrainState:
+    parent, _, stage = fork.rpartition("@")
+    source = Path(parent).expanduser()
+    chosen = from_rank_zero(lambda: checkpoint.find_stage(source, stage))
+    manifest = checkpoint.verify_together(chosen)
+    _check_fork(run, chosen, manifest)
+    run.origin = f"fork {fork}"
+    state = _restore(run, chosen, manifest)
+    state.tracking_id = None
+    history = source / "metrics.jsonl"  # the parent's up to here; whoever opens the file cuts the rest
+    from_rank_zero(
+        lambda: write_atomically(run.folder / "metrics.jsonl", history.read_text() if history.exists() else "")
+    )
     return state
 
 
@@ -288,7 +322,13 @@ def _restore(run: Run, chosen: Path, manifest: dict) -> TrainState:
     now = (run.world, run.config.zero.stage)
     change = "" if was == now else f", written by {was[0]} ranks under ZeRO-{was[1]}, with {now[0]} under ZeRO-{now[1]}"
     run.say(f"goes on from {chosen}{change}")
-    return TrainState(**manifest["state"])
+    run.began_from = run.began_from or (chosen, manifest)
+    state = TrainState(**manifest["state"])
+    first_of_fork = run.origin == f"fork {run.config.fork}" and manifest["origin"] != run.origin
+    if first_of_fork and not run.config.fork_optimizer:
+        shards.forget_moments(run.engine)
+    from_rank_zero(lambda: checkpoint.supersede(run.folder, state.step))
+    return state
 
 
 def _check_fork(run: Run, chosen: Path, manifest: dict) -> None:
@@ -298,7 +338,7 @@ def _check_fork(run: Run, chosen: Path, manifest: dict) -> None:
     pairs: list[tuple[str, Any, Any]] = [
         (f"recipe.stages.{new['stage']}", old, new) for old, new in zip(manifest["history"], ours, strict=False)
     ]
-    own = identity(run)
+    own = run.identity
     pairs += [
         (key, manifest["identity"][key], own[key]) for key in own if key not in ("recipe", "order of recipe.stages")
     ]

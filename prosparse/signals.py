@@ -5,7 +5,9 @@ In: signals of this process, a file. Out: `asked()`, a flag that a loop polls, a
 """
 
 import os
+import select
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +27,7 @@ class Stopped(BaseException):
 
 _reason: str | None = None
 _interruptible = False
-_first_interrupt: float | None = None
+_expendable = False
 _stop_file: Path | None = None
 
 
@@ -44,14 +46,14 @@ def obey(stop_file: Path) -> None:
 def listening() -> Iterator[None]:
     """Note SIGTERM, SIGUSR1 and SIGINT instead of dying of them; a second SIGINT ends the process at once.
 
-    Under a launcher the end of the launcher counts as a SIGTERM: DeepSpeed's, killed, would leave its ranks running.
+    Under a launcher the end of the launcher counts as a request: DeepSpeed's, killed, would leave its ranks running.
     Without effect outside the main thread, which Python gives no signals.
     """
-    global _reason, _first_interrupt, _stop_file
+    global _reason, _stop_file
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    own, _reason, _first_interrupt, _stop_file = os.getpid(), None, None, None
+    own, _reason, _stop_file = os.getpid(), None, None
 
     def handle(number: int, frame: FrameType | None) -> None:
         if os.getpid() != own:  # a worker process that was forked: the request is not for it
@@ -60,17 +62,40 @@ def listening() -> Iterator[None]:
         _note(signal.Signals(number))
 
     before = {number: signal.signal(number, handle) for number in SIGNALS}
+    # Python runs handlers between two steps of the main thread; one that waits inside a collective takes none. The
+    # numbers that arrive here are read by another thread.
+    arrived, sender = socket.socketpair()
+    sender.setblocking(False)
+    old_sender = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     over = threading.Event()
     launcher = _launcher() if "WORLD_SIZE" in os.environ else []
+    watch = threading.Thread(target=_watch, args=(launcher, arrived, over), daemon=True)
+    watch.start()
     if launcher and _gone_already(launcher):
-        os.kill(os.getpid(), signal.SIGTERM)
-    threading.Thread(target=_watch, args=(launcher, over), daemon=True).start()
+        _ask("its launcher is gone", signal.SIGTERM)
     try:
         yield
     finally:
         over.set()
+        signal.set_wakeup_fd(old_sender)
         for number, handler in before.items():  # who was asked once ends in peace: launchers ask again, rank by rank
             signal.signal(number, handler if _reason is None else signal.SIG_IGN)
+        watch.join()
+        arrived.close()
+        sender.close()
+
+
+@contextmanager
+def expendable() -> Iterator[None]:
+    """Within, nothing can be lost yet: a request ends the process at once, even where it waits for other ranks."""
+    global _expendable
+    _expendable = True
+    try:
+        if _reason is not None:
+            raise Stopped(_reason)
+        yield
+    finally:
+        _expendable = False
 
 
 def interruptible(function: Callable[[], T]) -> Callable[[], T]:
@@ -90,48 +115,60 @@ def interruptible(function: Callable[[], T]) -> Callable[[], T]:
 
 
 def _note(number: signal.Signals) -> None:
-    global _reason, _interruptible, _first_interrupt
-    if number is signal.SIGINT:
-        # Ctrl-C reaches a rank from the terminal and again through its launcher: that is one request.
-        if _first_interrupt is not None and time.monotonic() - _first_interrupt > 1:
-            os._exit(128 + number)
-        _first_interrupt = _first_interrupt or time.monotonic()
+    global _reason, _interruptible
     _reason = _reason or number.name
     if _interruptible:
         _interruptible = False  # once: what cleans up is left in peace
         raise Stopped(_reason)
 
 
+def _ask(reason: str, number: signal.Signals) -> None:
+    global _reason
+    _reason = _reason or reason
+    os.kill(os.getpid(), number)
+
+
 def _launcher() -> list[int]:
-    """The parent process, and the one above it where the parent is DeepSpeed's and has its runner above."""
-    parent = os.getppid()
+    """The parent process; where DeepSpeed's launcher is above, all processes up to it and its runner."""
+    chain = [os.getppid()]
     try:
-        if b"deepspeed.launcher.launch" not in _command(parent):
-            return [parent]
-        with open(f"/proc/{parent}/stat") as file:  # "pid (name) state parent ..."; a name may hold blanks
-            return [parent, int(file.read().rpartition(")")[2].split()[1])]
-    except OSError:  # no /proc, or the parent has just ended
-        return [os.getppid()]
+        while chain[-1] > 1:
+            found = b"deepspeed.launcher.launch" in _command(chain[-1])
+            with open(f"/proc/{chain[-1]}/stat") as file:  # "pid (name) state parent ..."; a name may hold blanks
+                chain.append(int(file.read().rpartition(")")[2].split()[1]))
+            if found:
+                return chain
+    except OSError:  # no /proc, or one of them has just ended
+        pass
+    return chain[:1]
 
 
 def _gone_already(launcher: list[int]) -> bool:
     """Whether DeepSpeed's launcher, or its runner, ended while this rank was still importing."""
-    if "CROSS_RANK" not in os.environ or not Path("/proc/self").exists():
-        return False
-    return len(launcher) == 1 or (launcher[1] == 1 and b"deepspeed" not in _command(1))
+    return "CROSS_RANK" in os.environ and launcher[-1] == 1 and b"deepspeed" not in _command(1)
 
 
 def _command(process: int) -> bytes:
     return Path(f"/proc/{process}/cmdline").read_bytes()
 
 
-def _watch(launcher: list[int], over: threading.Event) -> None:
-    """Turn the end of the launcher, or a STOP file, into a signal, once each."""
+def _watch(launcher: list[int], arrived: socket.socket, over: threading.Event) -> None:
+    """Turn the end of the launcher, or a STOP file, into a signal, once each; obey what the main thread cannot."""
     global _stop_file
-    while not over.wait(LOOK_SECONDS):
+    first_interrupt: float | None = None
+    while not over.is_set():
+        readable, _, _ = select.select([arrived], [], [], LOOK_SECONDS)
+        for number in arrived.recv(64) if readable else b"":
+            if number in SIGNALS and _expendable:
+                os._exit(75)
+            if number == signal.SIGINT:
+                # Ctrl-C reaches a rank from the terminal and again through its launcher: that is one request.
+                if first_interrupt is not None and time.monotonic() - first_interrupt > 1:
+                    os._exit(128 + number)
+                first_interrupt = first_interrupt or time.monotonic()
         if launcher and _launcher()[: len(launcher)] != launcher:
             launcher = []
-            os.kill(os.getpid(), signal.SIGTERM)
+            _ask("its launcher is gone", signal.SIGTERM)
         if _stop_file is not None and _stop_file.exists():
             _stop_file = None
-            os.kill(os.getpid(), signal.SIGUSR1)
+            _ask("a STOP file", signal.SIGUSR1)

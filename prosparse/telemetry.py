@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib.metadata import version
 from math import isfinite, nan
 from pathlib import Path
@@ -92,12 +93,16 @@ class Metrics:
         kept = [row for row in rows if row["step"] <= after_step and row.get("model") not in again]
         evaluated = (row["step"] for row in kept if row.get("model") == "training")
         self.evaluated_step = max(evaluated, default=None)  # of the last evaluation during training
+        self.rewinds = [row["windows"] for row in kept if row["kind"] == "rewind"]  # the windows that each left out
         write_atomically(self.path, "".join(f"{strict_json(row)}\n" for row in kept))
 
     def append(self, row: dict[str, Any]) -> None:
         """Write one row; it is in the file when this returns."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(f"{strict_json(row)}\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(f"{strict_json(row)}\n")
+        except OSError as error:
+            raise OSError(f"{self.path} cannot be written: {error.strerror}") from error
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -185,6 +190,7 @@ def header(
     return "\n".join(lines)
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of what computes the result, and the git commit when run from a clone."""
     found = {name: version(name) for name in ("prosparse", "torch", "deepspeed", "transformers", "datasets", "grain")}
@@ -306,8 +312,8 @@ def _start_wandb(tracking: Tracking, run_dir: Path, config: dict[str, Any], trac
         raise RuntimeError("not logged in: run `wandb login` or set WANDB_API_KEY, or choose tracking.wandb=offline")
     run_dir.mkdir(parents=True, exist_ok=True)
     run = wandb.init(
-        project=tracking.project,
-        name=tracking.name,
+        project=redact(tracking.project),
+        name=None if tracking.name is None else redact(tracking.name),
         id=tracking_id,
         resume="allow",
         mode=tracking.wandb.value,

@@ -4,10 +4,10 @@ In: a `Train` config, the same on every rank. Out: a run folder (config.yaml, me
 report/) and the report as a dict.
 """
 
-import gc
 import json
 import time
 from dataclasses import asdict, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,22 @@ from prosparse.data import batch
 from prosparse.engine import accumulate, diagnose, less_memory, out_of_memory, set_rate
 from prosparse.exporters.hf import export_hf
 from prosparse.ffn import activation_of, set_penalty, substitute
-from prosparse.group import from_rank_zero, patience, shared
+from prosparse.group import from_rank_zero, on_any_rank, patience, shared, waiting
 from prosparse.models.load import load_model
 from prosparse.penalty import PenaltyContext, mean_abs_by_layer, new_statistics, sparsity_by_layer
 from prosparse.reporting import fairness, table, write_report
-from prosparse.run import DTYPES, GB, Run, checkpoint_bytes, close, identity, open_run, resume, start_model
+from prosparse.run import (
+    DTYPES,
+    GB,
+    Run,
+    checkpoint_bytes,
+    close,
+    free_engine,
+    go_back,
+    open_run,
+    read_back,
+    start_model,
+)
 from prosparse.signals import Stopped, interruptible
 from prosparse.sparsity import measure, spread
 from prosparse.telemetry import (
@@ -116,7 +127,7 @@ def train_stages(run: Run) -> bool:
             window = accumulate(run.engine, context, rows, factor, run.poll)
             if config.guard.on_spike is not OnSpike.none:
                 away = guard.deviations(state.guard, window.loss, config.guard)
-                if away is not None and away > config.guard.deviations:
+                if away is not None and isfinite(window.loss) and away > config.guard.deviations:
                     text = f"step {step}: loss {window.loss:.3f} is {away:.1f} standard deviations above its mean"
                     run.say(f"{text} (rows {first}-{first + sequences - 1})")
                     if config.guard.on_spike is OnSpike.rewind:
@@ -212,14 +223,15 @@ def save(run: Run) -> None:
     At the end of what this start trains, and for a stage's end, it is committed at once.
     """
     config, state, engine = run.config, run.state, run.engine
+    began = time.perf_counter()
     if run.saver.pending:
         commit(run)
     if run.saved_step == state.step:
         return
-    patience(config.timeouts.start_seconds)
     span = schedule.stage_at(config.recipe, state.step)
     record = {
-        "identity": identity(run),
+        "identity": run.identity,
+        "origin": run.origin,
         "history": json.loads(json.dumps(schedule.history(config.recipe, state.step))),
         "stage_end": span.name if state.step == span.last else None,
         "zero_stage": config.zero.stage,
@@ -235,19 +247,19 @@ def save(run: Run) -> None:
             generation.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    run.saver.begin(engine, state, record, skeleton)
+    with waiting(config.timeouts.start_seconds):
+        run.saver.begin(engine, state, record, skeleton, began)
+        on_any_rank(False)  # the slowest writer
     run.saved_step = state.step
     if state.step == span.last:
         commit(run)
-    patience(config.timeouts.steady_seconds)
 
 
 def commit(run: Run) -> None:
     """Make the checkpoint on its way visible (all ranks call it)."""
-    patience(run.config.timeouts.start_seconds)
-    saved = run.saver.commit()
+    with waiting(run.config.timeouts.start_seconds):
+        saved = run.saver.commit()
     run.complete = False
-    patience(run.config.timeouts.steady_seconds)
     blocked, size = saved.blocked_seconds, saved.bytes
     step = int(saved.folder.name[5:])
     run.log({"kind": "save", "step": step, "blocked_seconds": blocked, "write_seconds": saved.seconds, "bytes": size})
@@ -256,16 +268,16 @@ def commit(run: Run) -> None:
 
 def stop(run: Run, stopped: Stopped) -> None:
     """Save the last applied step and let all ranks meet (all ranks call it); the half-done window is dropped."""
-    run.say(f"asked to stop ({stopped}): saving step {run.state.step}")
     patience(run.config.timeouts.start_seconds)
     if run.engine is not None:
+        run.say(f"asked to stop ({stopped}): saving step {run.state.step}")
         save(run)
     if run.saver.pending:
         commit(run)
     from_rank_zero(lambda: (run.folder / "STOP").unlink(missing_ok=True))
     if run.tracker is not None:
         run.tracker.finish({})
-    run.say(f"stopped after step {run.state.step}: start it again with the same settings and it goes on")
+    run.say(f"stopped after step {run.saved_step}: start it again with the same settings and it goes on")
 
 
 def rewind(run: Run) -> None:
@@ -275,24 +287,22 @@ def rewind(run: Run) -> None:
     if run.rewinds == limit:
         text = f"the loss spiked again after {limit} rewinds: lower recipe.lr.peak or λ, or raise guard.deviations"
         raise shared(RuntimeError(text))
-    run.rewinds += 1
     patience(run.config.timeouts.start_seconds)
     if run.saver.pending:
         commit(run)
-    run.engine.destroy()
-    run.engine = None
+    free_engine(run)
     start_model(run)
-    run.state = resume(run, again=True)
+    run.state = go_back(run)
     bad = {window for window in (spiked.window - 1, spiked.window) if window >= run.state.window}
-    run.state.dropped_windows = sorted({*spiked.dropped_windows, *run.state.dropped_windows, *bad})
+    run.state.dropped_windows = spiked.dropped_windows
     run.state.tracking_id, run.saved_step = spiked.tracking_id, run.state.step
     run.say(f"back to step {run.state.step}; windows {sorted(bad)} are left out")
-    if run.rank == 0:
-        run.metrics = Metrics(run.folder, run.state.step or -1)
-        run.evaluated_step = run.metrics.evaluated_step
-    run.evaluated_step = from_rank_zero(lambda: run.evaluated_step)
-    run.log({"kind": "rewind", "step": run.state.step, "from_step": spiked.step, "windows": sorted(bad)})
-    first_evaluations(run)
+    if run.rank == 0:  # the row makes a later start leave them out too
+        Metrics(run.folder, run.state.step).append(
+            {"kind": "rewind", "step": run.state.step, "from_step": spiked.step, "windows": sorted(bad)}
+        )
+        run.metrics = Metrics(run.folder, run.state.step)
+    read_back(run)
 
 
 def finish(run: Run) -> dict:
@@ -328,11 +338,7 @@ def finish(run: Run) -> dict:
         activation, generation = activation_of(model), model.generation_config
         weights = checkpoint.gather(run.engine)
         del model
-        run.engine.destroy()
-        run.engine = None
-        gc.collect()
-        if run.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_engine(run)
         target, dtype = run.folder / "model", DTYPES[config.dtype]
         export = (weights, run.base_config, *activation, run.tokenizer, generation, target, dtype)
         report["export"] = from_rank_zero(interruptible(lambda: export_hf(*export)))

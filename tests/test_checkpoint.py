@@ -47,7 +47,7 @@ def test_every_kind_of_damage_is_named_and_passed_over(tmp_path, capsys):
         "cut": (lambda f: (f / shard).write_bytes((f / shard).read_bytes()[:-1]), f"{shard} is not the file"),
         "gone": (lambda f: (f / shard).unlink(), f"{shard} is missing"),
         "other": (lambda f: (f / shard).write_bytes((good / shard).read_bytes()), f"{shard} is not the file"),
-        "no manifest": (lambda f: (f / manifest).unlink(), "has no manifest.json"),
+        "no manifest": (lambda f: (f / manifest).unlink(), "is no complete checkpoint: manifest.json: No such file"),
         "half a manifest": (lambda f: (f / manifest).write_text((f / manifest).read_text()[:99]), "cannot be read"),
         "a changed manifest": (
             lambda f: (f / manifest).write_text((f / manifest).read_text().replace('"step": 2', '"step": 3')),

@@ -236,6 +236,8 @@ def test_sampling_values_without_do_sample_do_not_stop_a_save(tmp_path):
         ("package://json/file.gguf", "package json has no file file.gguf"),
         ("package://json", "write package://NAME/FILE"),
         ("package://../x", "write package://NAME/FILE"),
+        ("package://json/../os.py", "leads out of the package"),
+        ("package://json//etc/hostname", "leads out of the package"),
     ],
 )
 def test_a_bad_source_is_named_with_a_remedy(source, message, tmp_path, monkeypatch):

@@ -216,8 +216,11 @@ def _in_package(name: str) -> Path:
     if not folders:
         raise ValueError(f"{name}: no Python package {package} is installed here; install it with pip")
     for folder in folders:
-        if (Path(folder) / file).exists():
-            return Path(folder) / file
+        path = Path(folder) / file
+        if not path.resolve().is_relative_to(Path(folder).resolve()):
+            raise ValueError(f"{name} leads out of the package: name a file inside it")
+        if path.exists():
+            return path
     models = sorted(str(path.relative_to(folders[0])) for path in Path(folders[0]).rglob("*.gguf"))
     raise ValueError(f"{name}: package {package} has no file {file}; its models are: {', '.join(models) or 'none'}")
 

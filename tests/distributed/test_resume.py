@@ -47,7 +47,11 @@ def go(nursery, tiny, tmp_path_factory):
     return start
 
 
-@pytest.mark.parametrize("kind", ["save.asynchronous=true", "zero=zero1", "zero=zero3", "dtype=fp32"])
+def slow(value: str):
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("kind", ["save.asynchronous=true", slow("zero=zero1"), "zero=zero3", slow("dtype=fp32")])
 def test_a_run_resumed_twice_and_across_stages_is_bit_equal(go, kind):
     name = kind.replace("=", "-")
     undisturbed = "undisturbed" if kind.startswith("save") else f"whole {name}"
@@ -71,7 +75,7 @@ def test_two_ranks_then_one_then_two_train_the_same_rows(go):
     assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=1e-3)
 
 
-@pytest.mark.parametrize("stages", ["1 2 1", "2 3 2", "3 1 3"])
+@pytest.mark.parametrize("stages", ["1 2 1", "2 3 2", slow("3 1 3")])
 def test_the_zero_stage_may_change(go, stages):
     one, two, three = (f"zero=zero{stage}" for stage in stages.split())
     go(f"zero {stages}", one, "until=substitution")
@@ -167,11 +171,11 @@ def test_a_loss_spike_takes_the_run_back_and_leaves_its_windows_out(go):
 
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(go):
     for zero in ("zero1", "zero2", "zero3"):
-        text = go(f"nan {zero}", f"zero={zero}", nan=[2], rank=1)
+        text = go(f"nan {zero}", f"zero={zero}", "until=substitution", nan=[2], rank=1)
         assert text.count("step 2 not applied") == 1 and "rows 4-7 left out" in text
         rows = trained(go.root / f"nan {zero}")
-        assert [(row["step"], row["window"]) for row in rows][:3] == [(1, 1), (2, 3), (3, 4)]
-    go("nan fp32", "dtype=fp32", nan=[2], rank=1)
+        assert [(row["step"], row["window"]) for row in rows] == [(1, 1), (2, 3), (3, 4)]
+    go("nan fp32", "dtype=fp32", "until=substitution", nan=[2], rank=1)
     assert trained(go.root / "nan fp32")[1]["window"] == 3
 
 
@@ -181,3 +185,66 @@ def test_many_steps_in_a_row_that_are_not_finite_end_with_a_diagnosis(go):
     assert "3 windows in a row were not finite" in last and "rank 0, rows" in last and "rank 1, rows" in last
     assert "output of model." in last or "gradient of model." in last
     assert "lower recipe.lr.peak" in last and "Traceback" not in text
+
+
+def test_a_run_that_began_elsewhere_goes_back_there_and_never_to_the_start(go):
+    parent = go.root / "undisturbed" / "checkpoints" / "step-00000007"
+    judge = ["guard=rewind", "guard.after=4", "guard.deviations=20", "save.every=100"]
+    text = go("elsewhere", f"resume={parent}", *judge, spike={"2": 50.0})
+    assert "back to step 7; windows [7, 8] are left out" in text
+    assert [(row["step"], row["window"]) for row in trained(go.root / "elsewhere")] == [(8, 10), (9, 11), (10, 12)]
+    # started again with the same resume=PATH it goes on from its own checkpoint, not from PATH
+    again = go("elsewhere", f"resume={parent}", "until=shift")
+    assert f"goes on from {go.root / 'elsewhere'}" in again and "set aside" not in again
+
+
+def test_a_rewind_is_remembered_by_a_run_that_is_killed_after_it(go, nursery, tiny):
+    judge = ["guard=rewind", "guard.after=4", "guard.deviations=20", "save.every=100"]
+    run_dir = go.root / "remembered"
+    overrides = [*tiny_overrides(tiny, run_dir), "evaluate.every=0", "recipe.stages.hold.steps=500", *judge]
+    group = nursery.start(overrides, log=go.root / "remembered.log", spike={"9": 50.0})
+    assert group.wait_for("step    9/")
+    for rank in (0, 1):
+        group.signal(9, rank)
+    group.wait()
+    group = nursery.start(overrides, log=go.root / "remembered.log")
+    assert group.wait_for("step    9/")
+    group.signal(15, 0)
+    assert group.wait() == [75, 75]
+    assert [(row["step"], row["window"]) for row in trained(run_dir)][6:8] == [(7, 7), (8, 10)]
+    manifest = checkpoint.verify(checkpoint.find(run_dir))
+    assert manifest["state"]["dropped_windows"] == [7, 8]
+
+
+def test_an_infinite_loss_is_skipped_and_no_spike(go):
+    text = go("infinite", "guard=rewind", "guard.after=3", nan=[6])
+    assert "step 6 not applied" in text and "standard deviations" not in text
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "+zero.extra.round_robin_gradients=true",
+        "+zero.extra.offload_optimizer.device=cpu",
+        slow("+zero.extra.sub_group_size=1000"),
+    ],
+)
+def test_a_resume_is_bit_equal_with_other_keys_of_deepspeed(go, extra):
+    stage = "zero=zero3" if "sub_group" in extra else "zero=zero2"
+    name = extra.split(".")[2]
+    go(f"whole {name}", extra, stage)
+    go(name, extra, stage, "until=rise")
+    go(name, extra, stage)
+    assert_bit_equal(go.root / name, go.root / f"whole {name}")
+
+
+def test_keys_of_deepspeed_that_a_resume_cannot_fill_are_refused(go):
+    text = go("hpz", "zero=zero3", "+zero.extra.zero_hpz_partition_size=2", code=2)
+    assert "zero.extra.zero_hpz_partition_size" in text.splitlines()[-1]
+
+
+def test_a_fork_of_something_else_in_the_same_folder_is_refused(go):
+    parent = go.root / "undisturbed"
+    go("forked", f"fork={parent}@rise", "until=hold")
+    text = go("forked", f"fork={parent}@substitution", code=2, ranks=1)
+    assert "has a run that began otherwise" in text.splitlines()[-1]
