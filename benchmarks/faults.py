@@ -539,7 +539,7 @@ class Campaign:
                 name = signal.Signals(number).name
                 inject = () if isinstance(when, str) else (*when, ("rank", rank), ("signal", number))
                 blows.append(Blow(f"{name} to a rank", (rank,), "inject" if inject else when, inject, number))
-        blows += [Blow("a STOP file", ("STOP",), when) for when in ("training", "saved")]
+        blows += [Blow("a STOP file", ("STOP",), when) for when in ("training", "saved", "opened", "training")]
         self.rng.shuffle(blows)
         return blows[: self.size.signals]
 

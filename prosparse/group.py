@@ -210,7 +210,8 @@ def last_words(text: str, error: BaseException) -> None:
         return
     if not others:
         print(f"[rank {rank}] {text}", file=sys.stderr, flush=True)
-        if rank == 0:  # the store, which the others ask who failed, lives in this process
+        if rank == 0:  # the store, in which the others look who failed, lives in this process
+            _hang_up()
             time.sleep(2 * NOTICE_SECONDS)
         return
     first = rank == next(other for other in range(world) if other not in gone)
@@ -226,6 +227,20 @@ def last_words(text: str, error: BaseException) -> None:
         )
         if not answer:
             time.sleep(NOTICE_SECONDS)  # keeps the name that `_first_on_host` took
+
+
+def _hang_up() -> None:
+    """Close this process's connections (Linux), but not those of the store: who waits in a collective learns of it.
+
+    gloo's own abort does not reach the other side, and leaving the process would take the store along.
+    """
+    store = int(os.environ["MASTER_PORT"])
+    for descriptor in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []:
+        with suppress(OSError):  # not a connection
+            connection = socket.socket(fileno=os.dup(int(descriptor)))
+            internet = connection.family in (socket.AF_INET, socket.AF_INET6)
+            if internet and store not in (connection.getsockname()[1], connection.getpeername()[1]):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 def _first_on_host() -> bool:
@@ -257,9 +272,11 @@ def _in_time(function: Callable[[], T], seconds: float) -> T | None:
         with suppress(Exception):
             results.append(function())
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
+    try:
+        (thread := threading.Thread(target=run, daemon=True)).start()
+        thread.join(seconds)
+    except RuntimeError:  # no memory for a thread
+        run()
     return results[0] if results else None
 
 

@@ -258,7 +258,7 @@ class Tracker:
     """The run's wandb run, made on rank 0 only; without effect when `tracking.wandb` is disabled or wandb fails.
 
     With the `tracking_id` of an earlier tracker the same wandb run goes on. wandb cannot take back the steps that a
-    resume repeats: it shows them twice. Command output, code and git remotes are not sent.
+    resume repeats: it shows them twice. Command lines, output, code and git remotes are not sent.
     """
 
     def __init__(self, tracking: Tracking, run_dir: Path, config: dict[str, Any], tracking_id: str | None) -> None:
@@ -320,7 +320,13 @@ def _start_wandb(tracking: Tracking, run_dir: Path, config: dict[str, Any], trac
         dir=str(run_dir),
         config=config,
         settings=wandb.Settings(
-            console="off", save_code=False, disable_git=True, quiet=True, init_timeout=60, finish_timeout=300
+            console="off",
+            save_code=False,
+            disable_git=True,
+            quiet=True,
+            x_disable_meta=True,
+            init_timeout=60,
+            finish_timeout=300,
         ),
     )
     run.define_metric("step")
