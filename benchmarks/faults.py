@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("", "tests", "tests/faults")]
 
 from chains import Kind, Run, break_file, different, fill, means_the_same, messages, small_disk  # noqa: E402
 from conftest import make_tiny, tiny_overrides  # noqa: E402
