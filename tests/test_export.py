@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from prosparse.exporters import hf
-from prosparse.ffn import SparseFFN, substitute
+from prosparse.ffn import SeparateFFN, substitute
 from prosparse.models import SPARSE_CLASSES
 from prosparse.models.load import build_model, load_model, load_tokenizer
 
@@ -150,9 +150,8 @@ def test_training_the_exported_file_and_the_stock_class_share_one_ffn(activation
     config.hidden_act = {"silu": "silu", "relu2": "relu2"}.get(activation, "relu")
     torch.manual_seed(0)
     stock, hidden = LlamaMLP(config), torch.randn(5, 7, 32)
-    projections = (stock.gate_proj, stock.up_proj, stock.down_proj)
     param = 0.125 if activation in ("fatrelu", "drelu", "shifted_relu") else 0.0
-    ours, theirs = (made(*projections, activation, param) for made in (SparseFFN, scope["SparseFFN"]))
+    ours, theirs = (made(stock, activation, param) for made in (SeparateFFN, scope["SeparateFFN"]))
     assert torch.equal(ours(hidden), theirs(hidden))
     if activation != "drelu":  # the stock class has no activation on up
         ours.param = 0.0
