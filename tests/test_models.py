@@ -14,13 +14,15 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
 )
 
-from prosparse.ffn import sparse_ffns, substitute
+from prosparse.ffn import activation_key, sparse_ffns, substitute
 from prosparse.models import SPARSE_CLASSES
 from prosparse.models.formats import released_config
 from prosparse.models.load import _locate, build_model, load_config, load_model, load_tokenizer
@@ -54,6 +56,8 @@ BASES = {
     "mistral": MistralConfig(**SIZES, sliding_window=8),
     "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SIZES, head_dim=16),
+    "gemma": GemmaConfig(**SIZES, head_dim=16),
+    "gemma3_text": Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=8, sliding_window_pattern=2),
 }
 FORMATS = [  # base, activation, param, model_type, hidden_act, hidden_act_param
     ("llama", "silu", 0.0, "llama", "silu", None),
@@ -76,6 +80,11 @@ FORMATS = [  # base, activation, param, model_type, hidden_act, hidden_act_param
     ("qwen3", "fatrelu", 0.125, "sparse_qwen3", "fatrelu", 0.125),
     ("qwen3", "drelu", 0.0, "sparse_qwen3", "drelu", 0.0),
     ("qwen3", "relu2", 0.0, "sparse_qwen3", "relu2", 0.0),
+    ("gemma", "gelu_pytorch_tanh", 0.0, "gemma", "gelu_pytorch_tanh", None),
+    ("gemma", "relu", 0.0, "gemma", "relu", None),
+    ("gemma", "fatrelu", 0.125, "sparse_gemma", "fatrelu", 0.125),
+    ("gemma3_text", "relu", 0.0, "gemma3_text", "relu", None),
+    ("gemma3_text", "fatrelu", 0.125, "sparse_gemma3_text", "fatrelu", 0.125),
 ]
 TOKEN_IDS = torch.arange(24)[None] * 7 % 96
 
@@ -107,15 +116,16 @@ def test_every_format_computes_what_substitution_computes(
 ):
     model = base_model(base)
     config = released_config(model.config, activation, param)
-    assert (config.model_type, config.hidden_act) == (model_type, hidden_act)
+    key = activation_key(config)
+    assert (config.model_type, getattr(config, key)) == (model_type, hidden_act)
     assert getattr(config, "hidden_act_param", None) == hidden_act_param
     before = logits(model)
     substitute(model, activation, param)
     after = logits(model)
-    assert activation == "silu" or (after - before).abs().max() > 1e-2
+    assert activation == getattr(BASES[base], key) or (after - before).abs().max() > 1e-2
     released = build_model(config, model.state_dict(), torch.float32)
     assert torch.equal(logits(released), after)
-    assert released.config.hidden_act == hidden_act
+    assert getattr(released.config, key) == hidden_act
     again = released_config(released.config, activation, param)  # a released model keeps its format
     assert again.model_type == model_type
 

@@ -6,6 +6,7 @@ In: nothing. Out: AutoConfig and AutoModelForCausalLM know `sparsellama`, `bambo
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prosparse.models.bamboo import BambooForCausalLM
+from prosparse.models.gemma import SparseGemma3ForCausalLM, SparseGemmaForCausalLM
 from prosparse.models.llama import AnySparseLlamaForCausalLM, SparseLlamaForCausalLM
 from prosparse.models.mistral import SparseMistralForCausalLM
 from prosparse.models.qwen2 import SparseQwen2ForCausalLM
@@ -20,6 +21,8 @@ SPARSE_CLASSES = {
         SparseMistralForCausalLM,
         SparseQwen2ForCausalLM,
         SparseQwen3ForCausalLM,
+        SparseGemmaForCausalLM,
+        SparseGemma3ForCausalLM,
     )
 }
 
