@@ -63,7 +63,18 @@ class SeparateFFN(SparseFFN):
         return self.down_proj(self.intermediate(self.gate_proj(hidden), self.up_proj(hidden)))
 
 
-FORMS: tuple[type[SparseFFN], ...] = (SeparateFFN,)
+class FusedFFN(SparseFFN):
+    """down_proj(x1) with gate and up as the halves of gate_up_proj(h); h: [..., hidden]."""
+
+    projections = ("gate_up_proj", "down_proj")
+    gate_up_proj: nn.Module
+    down_proj: nn.Module
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(self.intermediate(*self.gate_up_proj(hidden).chunk(2, dim=-1)))
+
+
+FORMS: tuple[type[SparseFFN], ...] = (SeparateFFN, FusedFFN)
 
 
 def ffn_forms(model: nn.Module) -> dict[str, type[SparseFFN]]:
@@ -110,7 +121,8 @@ class Substitution:
 def find_ffns(model: PreTrainedModel) -> dict[str, nn.Module]:
     """What a SparseFFN is or replaces in every decoder layer, by module name in layer order.
 
-    Known forms: separate (gate_proj, up_proj, down_proj and at most one parameter-free activation).
+    Known forms: separate (gate_proj, up_proj, down_proj) and fused (gate_up_proj, down_proj), each with at most one
+    parameter-free activation beside them.
     Raises ValueError that names the module types seen if no layer, or not every layer, has such an FFN.
     """
     found = {name: model.get_submodule(name) for name in ffn_forms(model)}
@@ -125,9 +137,9 @@ def find_ffns(model: PreTrainedModel) -> dict[str, nn.Module]:
         for child in layer.children()
     )
     raise ValueError(
-        f"{type(model).__name__}: {len(found)} of {layers} layers have an FFN that prosparse knows (gate_proj, "
-        f"up_proj, down_proj); the others are made of {', '.join(sorted(missing))}: choose a model of the Llama, "
-        "Mistral or Qwen kind"
+        f"{type(model).__name__}: {len(found)} of {layers} layers have an FFN that prosparse knows "
+        f"({'; '.join(', '.join(form.projections) for form in FORMS)}); the others are made of "
+        f"{', '.join(sorted(missing))}: choose a model of a family in docs/models.md"
     )
 
 

@@ -44,6 +44,9 @@ EXPORTS = {  # name: base, activation, param, dtype, architecture in config.json
     "gemma-fatrelu": ("gemma", "fatrelu", 0.125, torch.float32, "SparseGemmaForCausalLM"),
     "gemma3_text-relu": ("gemma3_text", "relu", 0.0, torch.float32, "Gemma3ForCausalLM"),
     "gemma3_text-fatrelu": ("gemma3_text", "fatrelu", 0.125, torch.bfloat16, "SparseGemma3ForCausalLM"),
+    "phi3-relu": ("phi3", "relu", 0.0, torch.float32, "Phi3ForCausalLM"),
+    "phi3-fatrelu": ("phi3", "fatrelu", 0.125, torch.float32, "SparsePhi3ForCausalLM"),
+    "phi3-drelu": ("phi3", "drelu", 0.0, torch.bfloat16, "SparsePhi3ForCausalLM"),
 }
 
 

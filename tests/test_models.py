@@ -18,6 +18,7 @@ from transformers import (
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
 )
@@ -58,6 +59,7 @@ BASES = {
     "qwen3": Qwen3Config(**SIZES, head_dim=16),
     "gemma": GemmaConfig(**SIZES, head_dim=16),
     "gemma3_text": Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=8, sliding_window_pattern=2),
+    "phi3": Phi3Config(**SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=2, partial_rotary_factor=0.5),
 }
 FORMATS = [  # base, activation, param, model_type, hidden_act, hidden_act_param
     ("llama", "silu", 0.0, "llama", "silu", None),
@@ -85,6 +87,9 @@ FORMATS = [  # base, activation, param, model_type, hidden_act, hidden_act_param
     ("gemma", "fatrelu", 0.125, "sparse_gemma", "fatrelu", 0.125),
     ("gemma3_text", "relu", 0.0, "gemma3_text", "relu", None),
     ("gemma3_text", "fatrelu", 0.125, "sparse_gemma3_text", "fatrelu", 0.125),
+    ("phi3", "relu", 0.0, "phi3", "relu", None),
+    ("phi3", "fatrelu", 0.125, "sparse_phi3", "fatrelu", 0.125),
+    ("phi3", "drelu", 0.0, "sparse_phi3", "drelu", 0.0),
 ]
 TOKEN_IDS = torch.arange(24)[None] * 7 % 96
 

@@ -9,6 +9,7 @@ from prosparse.models.bamboo import BambooForCausalLM
 from prosparse.models.gemma import SparseGemma3ForCausalLM, SparseGemmaForCausalLM
 from prosparse.models.llama import AnySparseLlamaForCausalLM, SparseLlamaForCausalLM
 from prosparse.models.mistral import SparseMistralForCausalLM
+from prosparse.models.phi3 import SparsePhi3ForCausalLM
 from prosparse.models.qwen2 import SparseQwen2ForCausalLM
 from prosparse.models.qwen3 import SparseQwen3ForCausalLM
 
@@ -23,6 +24,7 @@ SPARSE_CLASSES = {
         SparseQwen3ForCausalLM,
         SparseGemmaForCausalLM,
         SparseGemma3ForCausalLM,
+        SparsePhi3ForCausalLM,
     )
 }
 

@@ -12,6 +12,7 @@ from transformers import (
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -22,6 +23,7 @@ from prosparse.models.bamboo import BambooConfig
 from prosparse.models.gemma import SparseGemma3TextConfig, SparseGemmaConfig
 from prosparse.models.llama import AnySparseLlamaConfig, SparseLlamaConfig
 from prosparse.models.mistral import SparseMistralConfig
+from prosparse.models.phi3 import SparsePhi3Config
 from prosparse.models.qwen2 import SparseQwen2Config
 from prosparse.models.qwen3 import SparseQwen3Config
 
@@ -33,6 +35,7 @@ _FAMILIES: dict[str, tuple[Any, Any]] = {  # model_type: the stock config and th
     "qwen3": (Qwen3Config, SparseQwen3Config),
     "gemma": (GemmaConfig, SparseGemmaConfig),
     "gemma3_text": (Gemma3TextConfig, SparseGemma3TextConfig),
+    "phi3": (Phi3Config, SparsePhi3Config),
 }
 _FAMILY = {
     "sparsellama": "llama",
