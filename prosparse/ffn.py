@@ -19,7 +19,7 @@ from prosparse.activations import ACTIVATIONS, intermediate
 from prosparse.penalty import PenaltyContext, inject_l1
 
 ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function", "activation")  # in a config, by family
-NEURON_KEYS = ("intermediate_size",)
+NEURON_KEYS = ("intermediate_size", "ffn_dim", "ffn_hidden_size")
 
 
 class SparseFFN(nn.Module):
@@ -74,7 +74,22 @@ class FusedFFN(SparseFFN):
         return self.down_proj(self.intermediate(*self.gate_up_proj(hidden).chunk(2, dim=-1)))
 
 
-FORMS: tuple[type[SparseFFN], ...] = (SeparateFFN, FusedFFN)
+class UngatedFFN(SparseFFN):
+    """x1 = act(z), in the place of the activation between an FFN's two projections; z: [..., neurons]."""
+
+    @classmethod
+    def place(cls, module: nn.Module) -> str | None:
+        children = dict(module.named_children())
+        for into, activation, out_of in (("fc1", "activation_fn", "fc2"), ("dense_h_to_4h", "act", "dense_4h_to_h")):
+            if {into, activation, out_of} <= set(children) and not list(children[activation].parameters()):
+                return activation
+        return None
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.intermediate(z)
+
+
+FORMS: tuple[type[SparseFFN], ...] = (SeparateFFN, FusedFFN, UngatedFFN)
 
 
 def ffn_forms(model: nn.Module) -> dict[str, type[SparseFFN]]:
@@ -122,7 +137,7 @@ def find_ffns(model: PreTrainedModel) -> dict[str, nn.Module]:
     """What a SparseFFN is or replaces in every decoder layer, by module name in layer order.
 
     Known forms: separate (gate_proj, up_proj, down_proj) and fused (gate_up_proj, down_proj), each with at most one
-    parameter-free activation beside them.
+    parameter-free activation beside them, and ungated (fc1, activation_fn, fc2 or dense_h_to_4h, act, dense_4h_to_h).
     Raises ValueError that names the module types seen if no layer, or not every layer, has such an FFN.
     """
     found = {name: model.get_submodule(name) for name in ffn_forms(model)}
@@ -138,8 +153,8 @@ def find_ffns(model: PreTrainedModel) -> dict[str, nn.Module]:
     )
     raise ValueError(
         f"{type(model).__name__}: {len(found)} of {layers} layers have an FFN that prosparse knows "
-        f"({'; '.join(', '.join(form.projections) for form in FORMS)}); the others are made of "
-        f"{', '.join(sorted(missing))}: choose a model of a family in docs/models.md"
+        "(gate_proj, up_proj, down_proj; gate_up_proj, down_proj; fc1, fc2; dense_h_to_4h, dense_4h_to_h); the others "
+        f"are made of {', '.join(sorted(missing))}: choose a model of a family in docs/models.md"
     )
 
 
@@ -178,13 +193,16 @@ def substitute(model: PreTrainedModel, activation: str, param: float = 0.0) -> S
     `param` is the threshold of fatrelu and drelu (rounded to bf16) or the offset of shifted_relu. Weights and their
     names stay. The model's config is told (hidden_act or what its family calls it, hidden_act_param), so that no saved
     folder silently claims the old activation.
-    Raises ValueError for an unknown activation or a model with unknown FFNs; the model is then unchanged.
+    Raises ValueError for an unknown activation, one that the FFNs cannot have, or a model with unknown FFNs; the model
+    is then unchanged.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation}: choose one of {', '.join(ACTIVATIONS)}")
     if activation in ("fatrelu", "drelu"):
         param = round_bf16(param)
     layers = len(find_ffns(model))
+    if activation == "drelu" and UngatedFFN in ffn_forms(model).values():
+        raise ValueError(f"drelu needs an up projection, and {type(model).__name__} has none: choose relu or fatrelu")
     config = model.config.get_text_config()
     replaced, replaced_param = activation_of(model)
     put_sparse_ffns(model, activation, param)

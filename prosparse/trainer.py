@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from prosparse import checkpoint, guard, schedule, shards
 from prosparse.config import OnSpike, Train
 from prosparse.data import batch
-from prosparse.engine import accumulate, diagnose, less_memory, out_of_memory, set_rate
+from prosparse.engine import accumulate, diagnose, less_memory, out_of_memory, set_rate, stop_engine
 from prosparse.exporters.hf import export_hf
 from prosparse.ffn import activation_of, neurons, set_penalty, substitute
 from prosparse.group import from_rank_zero, patience, shared
@@ -279,7 +279,7 @@ def rewind(run: Run) -> None:
     patience(run.config.timeouts.start_seconds)
     if run.saver.pending:
         commit(run)
-    run.engine.destroy()
+    stop_engine(run.engine)
     run.engine = None
     start_model(run)
     run.state = resume(run, again=True)
@@ -328,7 +328,7 @@ def finish(run: Run) -> dict:
         activation, generation = activation_of(model), model.generation_config
         weights = checkpoint.gather(run.engine)
         del model
-        run.engine.destroy()
+        stop_engine(run.engine)
         run.engine = None
         gc.collect()
         if run.device.type == "cuda":

@@ -47,6 +47,12 @@ EXPORTS = {  # name: base, activation, param, dtype, architecture in config.json
     "phi3-relu": ("phi3", "relu", 0.0, torch.float32, "Phi3ForCausalLM"),
     "phi3-fatrelu": ("phi3", "fatrelu", 0.125, torch.float32, "SparsePhi3ForCausalLM"),
     "phi3-drelu": ("phi3", "drelu", 0.0, torch.bfloat16, "SparsePhi3ForCausalLM"),
+    "opt-relu": ("opt", "relu", 0.0, torch.float32, "OPTForCausalLM"),
+    "opt-fatrelu": ("opt", "fatrelu", 0.125, torch.float32, "SparseOPTForCausalLM"),
+    "gpt_neox-relu": ("gpt_neox", "relu", 0.0, torch.float32, "GPTNeoXForCausalLM"),
+    "gpt_neox-shifted_relu": ("gpt_neox", "shifted_relu", 0.125, torch.float32, "SparseGPTNeoXForCausalLM"),
+    "falcon-relu": ("falcon", "relu", 0.0, torch.float32, "FalconForCausalLM"),
+    "falcon-fatrelu": ("falcon", "fatrelu", 0.125, torch.bfloat16, "SparseFalconForCausalLM"),
 }
 
 

@@ -71,7 +71,7 @@ def test_the_injected_gradient_is_that_of_the_loss_written_out(family):
     assert all(parameter.grad is not None for parameter in model.parameters())
     for name, parameter in model.named_parameters():
         wanted = expected[name].grad
-        assert (parameter.grad - wanted).norm() <= 1e-4 * wanted.norm(), name
+        assert (parameter.grad - wanted).norm() <= 1e-4 * wanted.norm() + 1e-6, name
     written_out = [[x1.abs().sum().item(), (x1 != 0).sum().item(), x1.numel()] for x1 in kept]
     torch.testing.assert_close(context.statistics, torch.tensor(written_out, dtype=torch.float64), rtol=1e-5, atol=0)
     assert (context.statistics[:, COUNT] == mask.sum() * neurons(model.config)).all()

@@ -14,10 +14,13 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    FalconConfig,
     Gemma3TextConfig,
     GemmaConfig,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
@@ -60,6 +63,32 @@ BASES = {
     "gemma": GemmaConfig(**SIZES, head_dim=16),
     "gemma3_text": Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=8, sliding_window_pattern=2),
     "phi3": Phi3Config(**SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=2, partial_rotary_factor=0.5),
+    "opt": OPTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=96,
+        ffn_dim=64,
+        init_std=0.3,
+        activation_function="gelu",
+    ),
+    "gpt_neox": GPTNeoXConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=96,
+        intermediate_size=64,
+        initializer_range=0.3,
+        hidden_act="gelu_fast",
+    ),
+    "falcon": FalconConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=96,
+        ffn_hidden_size=64,
+        initializer_range=0.3,
+    ),
 }
 FORMATS = [  # base, activation, param, model_type, hidden_act, hidden_act_param
     ("llama", "silu", 0.0, "llama", "silu", None),
@@ -90,6 +119,12 @@ FORMATS = [  # base, activation, param, model_type, hidden_act, hidden_act_param
     ("phi3", "relu", 0.0, "phi3", "relu", None),
     ("phi3", "fatrelu", 0.125, "sparse_phi3", "fatrelu", 0.125),
     ("phi3", "drelu", 0.0, "sparse_phi3", "drelu", 0.0),
+    ("opt", "relu", 0.0, "opt", "relu", None),
+    ("opt", "fatrelu", 0.125, "sparse_opt", "fatrelu", 0.125),
+    ("gpt_neox", "relu", 0.0, "gpt_neox", "relu", None),
+    ("gpt_neox", "shifted_relu", 0.125, "sparse_gpt_neox", "shifted_relu", 0.125),
+    ("falcon", "relu", 0.0, "falcon", "relu", None),
+    ("falcon", "fatrelu", 0.125, "sparse_falcon", "fatrelu", 0.125),
 ]
 TOKEN_IDS = torch.arange(24)[None] * 7 % 96
 
@@ -150,7 +185,7 @@ def test_sparse_classes_survive_saving_and_loading(model_type, tmp_path):
     loaded = load_model(tmp_path, dtype=torch.float32)
     assert type(loaded) is SPARSE_CLASSES[model_type] and not loaded.training
     assert torch.equal(logits(loaded), logits(model))
-    tied = loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     assert tied == BASES[base].tie_word_embeddings
     halved = load_model(tmp_path, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in halved.parameters()} == {torch.bfloat16}
@@ -190,6 +225,15 @@ def test_an_unknown_activation_in_a_config_is_named():
     config.hidden_act = "fatrelu_0.1"
     with pytest.raises(ValueError, match=r"hidden_act is fatrelu_0\.1"):
         AutoModelForCausalLM.from_config(config)
+
+
+def test_an_ungated_family_has_no_drelu():
+    for refused in (
+        lambda: released_config(BASES["opt"], "drelu", 0.0),
+        lambda: substitute(base_model("opt"), "drelu"),
+    ):
+        with pytest.raises(ValueError, match=r"drelu needs an up projection.*choose relu or fatrelu"):
+            refused()
 
 
 # --- sources ----------------------------------------------------------------------------------------------------------

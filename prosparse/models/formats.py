@@ -8,10 +8,13 @@ what the stock class computes stays stock, and everything else is `sparse_<famil
 from typing import Any
 
 from transformers import (
+    FalconConfig,
     Gemma3TextConfig,
     GemmaConfig,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
@@ -20,9 +23,12 @@ from transformers import (
 
 from prosparse.ffn import ACTIVATION_KEYS, activation_key
 from prosparse.models.bamboo import BambooConfig
+from prosparse.models.falcon import SparseFalconConfig
 from prosparse.models.gemma import SparseGemma3TextConfig, SparseGemmaConfig
+from prosparse.models.gpt_neox import SparseGPTNeoXConfig
 from prosparse.models.llama import AnySparseLlamaConfig, SparseLlamaConfig
 from prosparse.models.mistral import SparseMistralConfig
+from prosparse.models.opt import SparseOPTConfig
 from prosparse.models.phi3 import SparsePhi3Config
 from prosparse.models.qwen2 import SparseQwen2Config
 from prosparse.models.qwen3 import SparseQwen3Config
@@ -36,12 +42,16 @@ _FAMILIES: dict[str, tuple[Any, Any]] = {  # model_type: the stock config and th
     "gemma": (GemmaConfig, SparseGemmaConfig),
     "gemma3_text": (Gemma3TextConfig, SparseGemma3TextConfig),
     "phi3": (Phi3Config, SparsePhi3Config),
+    "opt": (OPTConfig, SparseOPTConfig),
+    "gpt_neox": (GPTNeoXConfig, SparseGPTNeoXConfig),
+    "falcon": (FalconConfig, SparseFalconConfig),
 }
 _FAMILY = {
     "sparsellama": "llama",
     "bamboo": "mistral",
     **{sparse.model_type: name for name, (_, sparse) in _FAMILIES.items()},
 }
+_UNGATED = ("opt", "gpt_neox", "falcon")
 _NOT_INHERITED = (
     *("model_type", "architectures", "auto_map", *ACTIVATION_KEYS, "hidden_act_param", "dtype", "quantization_config"),
     *("transformers_version", "_name_or_path", "_model_name_or_path"),
@@ -65,9 +75,14 @@ def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def released_config(config: PreTrainedConfig, activation: str, param: float) -> PreTrainedConfig:
-    """The config of the format that holds `config`'s architecture with `activation` (a key of ACTIVATIONS)."""
+    """The config of the format that holds `config`'s architecture with `activation` (a key of ACTIVATIONS).
+
+    Raises ValueError if the family is not known or cannot have the activation.
+    """
     name, values, key = family(config), _inherited(config), activation_key(config)
     stock, sparse = _FAMILIES[name]
+    if activation == "drelu" and name in _UNGATED:
+        raise ValueError(f"drelu needs an up projection, and {name} models have none: choose relu or fatrelu")
     if activation in STOCK_ACTIVATIONS:
         return stock(**values, **{key: activation})
     if activation == "fatrelu" and name == "llama":
