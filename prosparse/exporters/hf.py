@@ -125,6 +125,8 @@ def modeling_source(model_class: type[PreTrainedModel]) -> str:
     stock = sorted(base.__name__ for base in (config_class.__bases__[0], model_class.__bases__[0]))
     functions = dict.fromkeys(ACTIVATIONS.values())
     table = [f'    "{name}": {function.__name__},' for name, function in ACTIVATIONS.items()]
+    text = inspect.getsource(model_class)
+    helpers = [part for part in (sparse.stock_activation, sparse.scale_output) if part.__name__ in text]
     forms: list[Any] = [ffn.SparseFFN, *ffn.FORMS, ffn.ffn_forms, ffn.put_sparse_ffns]
     parts = [
         f'"""{model_class.__name__} for Hugging Face transformers: {stock[1]} with sparse feed-forward layers.\n\n'
@@ -138,8 +140,7 @@ def modeling_source(model_class: type[PreTrainedModel]) -> str:
         f"ACTIVATION_KEYS = {ffn.ACTIVATION_KEYS}",
         *(inspect.getsource(part) for part in (intermediate, *forms)),
         f"FORMS = ({', '.join(form.__name__ for form in ffn.FORMS)},)",
-        *(inspect.getsource(part) for part in (ffn.activation_key, sparse.stock_activation)),
-        *(inspect.getsource(part) for part in (config_class, model_class)),
+        *(inspect.getsource(part) for part in (ffn.activation_key, *helpers, config_class, model_class)),
     ]
     return "\n\n\n".join(part.strip("\n") for part in parts) + "\n"
 

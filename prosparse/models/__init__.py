@@ -10,6 +10,7 @@ from prosparse.models.falcon import SparseFalconForCausalLM
 from prosparse.models.gemma import SparseGemma3ForCausalLM, SparseGemmaForCausalLM
 from prosparse.models.gpt_neox import SparseGPTNeoXForCausalLM
 from prosparse.models.llama import AnySparseLlamaForCausalLM, SparseLlamaForCausalLM
+from prosparse.models.minicpm import MiniCPMForCausalLM
 from prosparse.models.mistral import SparseMistralForCausalLM
 from prosparse.models.opt import SparseOPTForCausalLM
 from prosparse.models.phi3 import SparsePhi3ForCausalLM
@@ -31,6 +32,7 @@ SPARSE_CLASSES = {
         SparseOPTForCausalLM,
         SparseGPTNeoXForCausalLM,
         SparseFalconForCausalLM,
+        MiniCPMForCausalLM,
     )
 }
 

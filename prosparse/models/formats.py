@@ -2,7 +2,7 @@
 
 In: a config of a known family and an activation. Out: the config of the format that holds it, without leftovers.
 FATReLU of a Llama is `sparsellama` (ProSparse), dReLU without a threshold of a bias-free Llama or Mistral is `bamboo`;
-what the stock class computes stays stock, and everything else is `sparse_<family>`.
+what the stock class computes stays stock, and everything else is `sparse_<family>`. `minicpm` holds every activation.
 """
 
 from typing import Any
@@ -27,6 +27,7 @@ from prosparse.models.falcon import SparseFalconConfig
 from prosparse.models.gemma import SparseGemma3TextConfig, SparseGemmaConfig
 from prosparse.models.gpt_neox import SparseGPTNeoXConfig
 from prosparse.models.llama import AnySparseLlamaConfig, SparseLlamaConfig
+from prosparse.models.minicpm import MiniCPMConfig
 from prosparse.models.mistral import SparseMistralConfig
 from prosparse.models.opt import SparseOPTConfig
 from prosparse.models.phi3 import SparsePhi3Config
@@ -45,6 +46,7 @@ _FAMILIES: dict[str, tuple[Any, Any]] = {  # model_type: the stock config and th
     "opt": (OPTConfig, SparseOPTConfig),
     "gpt_neox": (GPTNeoXConfig, SparseGPTNeoXConfig),
     "falcon": (FalconConfig, SparseFalconConfig),
+    "minicpm": (MiniCPMConfig, MiniCPMConfig),
 }
 _FAMILY = {
     "sparsellama": "llama",
@@ -71,7 +73,7 @@ def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The same architecture as a config of the stock class, with an activation that transformers knows."""
     key = activation_key(config)
     own = getattr(config, key)
-    return _FAMILIES[family(config)][0](**_inherited(config), **{key: own if own in STOCK_ACTIVATIONS else "relu"})
+    return _FAMILIES[family(config)][0](**inherited(config), **{key: own if own in STOCK_ACTIVATIONS else "relu"})
 
 
 def released_config(config: PreTrainedConfig, activation: str, param: float) -> PreTrainedConfig:
@@ -79,7 +81,7 @@ def released_config(config: PreTrainedConfig, activation: str, param: float) -> 
 
     Raises ValueError if the family is not known or cannot have the activation.
     """
-    name, values, key = family(config), _inherited(config), activation_key(config)
+    name, values, key = family(config), inherited(config), activation_key(config)
     stock, sparse = _FAMILIES[name]
     if activation == "drelu" and name in _UNGATED:
         raise ValueError(f"drelu needs an up projection, and {name} models have none: choose relu or fatrelu")
@@ -95,5 +97,6 @@ def released_config(config: PreTrainedConfig, activation: str, param: float) -> 
     return sparse(**values, **{key: activation}, hidden_act_param=float(param))
 
 
-def _inherited(config: PreTrainedConfig) -> dict:
+def inherited(config: PreTrainedConfig) -> dict:
+    """What a config says of its architecture, without its format and its activation."""
     return {key: value for key, value in config.to_dict().items() if key not in _NOT_INHERITED}

@@ -1,12 +1,13 @@
 """How a sparse model class is built: the stock class first, then a `SparseFFN` in place of every FFN.
 
-In: the config of a model under construction. Out: the same config, for as long as the stock class needs it with an
-activation that it knows. An exported modelling file carries this function's text.
+In: the config of a model under construction, its modules. Out: the config with an activation that the stock class
+knows, for as long as it needs one; scaled modules. An exported modelling file carries the text of what it needs.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch.nn as nn
 from transformers import PreTrainedConfig
 
 from prosparse.activations import ACTIVATIONS
@@ -28,3 +29,8 @@ def stock_activation(config: PreTrainedConfig) -> Iterator[None]:
         yield
     finally:
         setattr(config, key, name)
+
+
+def scale_output(module: nn.Module, factor: float) -> None:
+    """Let a module give `factor` times what it computes."""
+    module.register_forward_hook(lambda _module, _inputs, output: output * factor)
