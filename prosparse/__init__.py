@@ -17,6 +17,7 @@ _HOMES = {
     "sparsity_by_layer": "prosparse.penalty",
     "load_model": "prosparse.models.load",
     "load_tokenizer": "prosparse.models.load",
+    "fold_minicpm": "prosparse.models.folding",
     "prepare": "prosparse.data",
     "text_rows": "prosparse.data",
     "measure": "prosparse.sparsity",

@@ -1,7 +1,7 @@
-"""The activations of a gated FFN as plain functions, and their names in a config.json.
+"""The activations of an FFN as plain functions, and their names in a config.json.
 
-In: gate and up, [..., neurons]. Out: the intermediate x1, [..., neurons], which enters down_proj.
-Only torch is imported and nothing of prosparse: an exported modelling file carries this module's text.
+In: gate and, where the FFN is gated, up: [..., neurons]. Out: the intermediate x1, [..., neurons], which enters the
+down projection. Only torch is imported and nothing of prosparse: an exported modelling file carries this module's text.
 """
 
 import torch
@@ -9,48 +9,49 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def silu(gate: Tensor, up: Tensor, threshold: float) -> Tensor:
-    return F.silu(gate) * up
+def silu(gate: Tensor, threshold: float) -> Tensor:
+    return F.silu(gate)
 
 
-def gelu(gate: Tensor, up: Tensor, threshold: float) -> Tensor:
-    return F.gelu(gate) * up
+def gelu(gate: Tensor, threshold: float) -> Tensor:
+    return F.gelu(gate)
 
 
-def gelu_tanh(gate: Tensor, up: Tensor, threshold: float) -> Tensor:
-    return F.gelu(gate, approximate="tanh") * up
+def gelu_tanh(gate: Tensor, threshold: float) -> Tensor:
+    return F.gelu(gate, approximate="tanh")
 
 
-def relu(gate: Tensor, up: Tensor, threshold: float) -> Tensor:
-    return F.relu(gate) * up
+def relu(gate: Tensor, threshold: float) -> Tensor:
+    return F.relu(gate)
 
 
-def fatrelu(gate: Tensor, up: Tensor, threshold: float) -> Tensor:
+def fatrelu(gate: Tensor, threshold: float) -> Tensor:
     """Keep the gate where gate >= threshold, else 0 (arXiv 2402.13516, section 3.4)."""
-    return torch.where(gate >= threshold, gate, 0.0) * up
+    return torch.where(gate >= threshold, gate, 0.0)
 
 
-def drelu(gate: Tensor, up: Tensor, threshold: float) -> Tensor:
-    """ReLU on both branches (arXiv 2406.05955); a threshold cuts the gate only."""
-    kept = torch.where(gate >= threshold, gate, 0.0) if threshold > 0 else F.relu(gate)
-    return kept * F.relu(up)
+def drelu(gate: Tensor, threshold: float) -> Tensor:
+    """The gate's part of ReLU on both branches (arXiv 2406.05955); a threshold cuts the gate only."""
+    return torch.where(gate >= threshold, gate, 0.0) if threshold > 0 else F.relu(gate)
 
 
-def shifted_relu(gate: Tensor, up: Tensor, threshold: float) -> Tensor:
+def shifted_relu(gate: Tensor, threshold: float) -> Tensor:
     """ReLU of the gate less an offset (arXiv 2310.04564)."""
-    return F.relu(gate - threshold) * up
+    return F.relu(gate - threshold)
 
 
-def relu2(gate: Tensor, up: Tensor, threshold: float) -> Tensor:
-    return F.relu(gate).square() * up
+def relu2(gate: Tensor, threshold: float) -> Tensor:
+    return F.relu(gate).square()
 
 
 # The names are those of `hidden_act` in a config.json; `hidden_act_param` there is the threshold (of shifted_relu: the
 # offset). The gelu names are what some bases have before substitution.
-INTERMEDIATES = {
+ACTIVATIONS = {
     "silu": silu,
     "swish": silu,
     "gelu": gelu,
+    "gelu_new": gelu_tanh,
+    "gelu_fast": gelu_tanh,
     "gelu_pytorch_tanh": gelu_tanh,
     "relu": relu,
     "fatrelu": fatrelu,
@@ -60,10 +61,13 @@ INTERMEDIATES = {
 }
 
 
-def intermediate(name: str, param: float, gate: Tensor, up: Tensor) -> Tensor:
-    """x1 of a gated FFN: [..., neurons], in the dtype of `gate`.
+def intermediate(name: str, param: float, gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """x1 of an FFN: act(gate) * up, or act(gate) where there is no up; [..., neurons], in the dtype of `gate`.
 
-    `name` is a key of INTERMEDIATES, `param` the threshold of fatrelu and drelu or the offset of shifted_relu (else
+    `name` is a key of ACTIVATIONS, `param` the threshold of fatrelu and drelu or the offset of shifted_relu (else
     unused). Raises KeyError for another name.
     """
-    return INTERMEDIATES[name](gate, up, param)
+    kept = ACTIVATIONS[name](gate, param)
+    if up is None:
+        return kept
+    return kept * (F.relu(up) if name == "drelu" else up)

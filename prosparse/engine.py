@@ -117,6 +117,14 @@ def start_engine(config: Train, model: PreTrainedModel, ds_config: dict) -> Any:
     return engine
 
 
+def stop_engine(engine: Any) -> None:
+    """Free the engine and give torch its own F.linear back: ZeRO-3's rounds twice where there is a bias, and stays."""
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Patched
+
+    engine.destroy()
+    torch.nn.functional.linear = getattr(Patched, "linear_bk", torch.nn.functional.linear)
+
+
 def deepspeed_config(config: Train, world: int) -> dict:
     """DeepSpeed's config, derived from the typed keys; raises ValueError for a zero.extra key that contradicts one."""
     recipe, zero = config.recipe, config.zero

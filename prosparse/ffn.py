@@ -1,42 +1,125 @@
-"""The sparse FFN, the FFNs of a model, and the substitution of their activation.
+"""The sparse FFN in its forms, the FFNs of a model, and the substitution of their activation.
 
-In: a transformers model. Out: the same model with every gated FFN replaced by a `SparseFFN` around the same weights.
+In: a transformers model. Out: the same model with a `SparseFFN` around the weights of every FFN.
+An exported modelling file carries the text of what stands above `Substitution`.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn as nn
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from prosparse.activations import INTERMEDIATES, intermediate
+from prosparse.activations import ACTIVATIONS, intermediate
 from prosparse.penalty import PenaltyContext, inject_l1
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function", "activation")  # in a config, by family
+NEURON_KEYS = ("intermediate_size", "ffn_dim", "ffn_hidden_size")
 
 
 class SparseFFN(nn.Module):
-    """down_proj(x1) with x1 = intermediate(gate_proj(h), up_proj(h)); h: [..., hidden], x1: [..., neurons].
+    """The intermediate x1 of one layer, [..., neurons], and around it, by form, the base model's own projections.
 
-    Holds the base model's own projections under their own names, so that a state dict does not change. `penalty` is an
-    identity on x1 that a trainer sets before each micro-batch: it adds the L1 gradient in backward. None: no penalty.
+    They keep their names, so that a state dict does not change. `penalty` is an identity on x1 that a trainer sets
+    before each micro-batch: it adds the L1 gradient in backward. None: no penalty.
     """
 
-    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module, activation: str, param: float):
+    projections: tuple[str, ...] = ()
+
+    def __init__(self, base: nn.Module, activation: str, param: float):
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
+        for name in self.projections:
+            setattr(self, name, getattr(base, name))
         self.activation, self.param = activation, param
-        self.penalty: Callable[[Tensor], Tensor] | None = None
+        self.penalty: Callable[..., Tensor] | None = None
+
+    @classmethod
+    def place(cls, module: nn.Module) -> str | None:
+        """Which child of `module` this form takes the place of: "" is the module itself, None that it is none."""
+        children = dict(module.named_children())
+        if any(children.pop(name, None) is None for name in cls.projections) or list(module.parameters(recurse=False)):
+            return None
+        return "" if len(children) <= 1 and not any(list(child.parameters()) for child in children.values()) else None
+
+    def intermediate(self, gate: Tensor, up: Tensor | None = None, **routing) -> Tensor:
+        x1 = intermediate(self.activation, self.param, gate, up)
+        return x1 if self.penalty is None else self.penalty(x1, **routing)
+
+
+class SeparateFFN(SparseFFN):
+    """down_proj(x1) with gate_proj(h) and up_proj(h); h: [..., hidden]."""
+
+    projections = ("gate_proj", "up_proj", "down_proj")
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
 
     def forward(self, hidden: Tensor) -> Tensor:
-        x1 = intermediate(self.activation, self.param, self.gate_proj(hidden), self.up_proj(hidden))
-        if self.penalty is not None:
-            x1 = self.penalty(x1)
-        return self.down_proj(x1)
+        return self.down_proj(self.intermediate(self.gate_proj(hidden), self.up_proj(hidden)))
+
+
+class FusedFFN(SparseFFN):
+    """down_proj(x1) with gate and up as the halves of gate_up_proj(h); h: [..., hidden]."""
+
+    projections = ("gate_up_proj", "down_proj")
+    gate_up_proj: nn.Module
+    down_proj: nn.Module
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(self.intermediate(*self.gate_up_proj(hidden).chunk(2, dim=-1)))
+
+
+class UngatedFFN(SparseFFN):
+    """x1 = act(z), in the place of the activation between an FFN's two projections; z: [..., neurons]."""
+
+    @classmethod
+    def place(cls, module: nn.Module) -> str | None:
+        children = dict(module.named_children())
+        for into, activation, out_of in (("fc1", "activation_fn", "fc2"), ("dense_h_to_4h", "act", "dense_4h_to_h")):
+            if {into, activation, out_of} <= set(children) and not list(children[activation].parameters()):
+                return activation
+        return None
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.intermediate(z)
+
+
+FORMS: tuple[type[SparseFFN], ...] = (SeparateFFN, FusedFFN, UngatedFFN)
+
+
+def ffn_forms(model: nn.Module) -> dict[str, type[SparseFFN]]:
+    """The form of every known FFN, by the name of the module that a SparseFFN is or replaces, in layer order."""
+    found: dict[str, type[SparseFFN]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SparseFFN):
+            found[name] = type(module)
+            continue
+        for form in FORMS:
+            place = form.place(module)
+            if place is not None:
+                found[f"{name}.{place}".strip(".")] = form
+    return found
+
+
+def put_sparse_ffns(model: nn.Module, activation: str, param: float) -> None:
+    """Put a SparseFFN into the place of every FFN that is known; the weights and their names stay."""
+    for name, form in ffn_forms(model).items():
+        module = model.get_submodule(name)
+        if isinstance(module, SparseFFN):
+            module.activation, module.param = activation, param
+        else:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, form(module, activation, param).train(module.training))
+
+
+def activation_key(config: PreTrainedConfig) -> str:
+    """The name under which a config of this family keeps its activation; hidden_act if it has none of them."""
+    return next((key for key in ACTIVATION_KEYS if getattr(config, key, None) is not None), "hidden_act")
 
 
 @dataclass(frozen=True)
@@ -51,12 +134,13 @@ class Substitution:
 
 
 def find_ffns(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The gated FFN of every decoder layer, by module name in layer order.
+    """What a SparseFFN is or replaces in every decoder layer, by module name in layer order.
 
-    Known form: a module whose children are gate_proj, up_proj, down_proj and at most one parameter-free activation.
+    Known forms: separate (gate_proj, up_proj, down_proj) and fused (gate_up_proj, down_proj), each with at most one
+    parameter-free activation beside them, and ungated (fc1, activation_fn, fc2 or dense_h_to_4h, act, dense_4h_to_h).
     Raises ValueError that names the module types seen if no layer, or not every layer, has such an FFN.
     """
-    found = {name: module for name, module in model.named_modules() if _is_gated(module)}
+    found = {name: model.get_submodule(name) for name in ffn_forms(model)}
     layers = model.config.get_text_config().num_hidden_layers
     if len(found) == layers:
         return found
@@ -64,13 +148,13 @@ def find_ffns(model: PreTrainedModel) -> dict[str, nn.Module]:
     missing = Counter(
         type(child).__name__
         for layer in (stack if stack is not None else [model])
-        if not any(_is_gated(module) for module in layer.modules())
+        if not ffn_forms(layer)
         for child in layer.children()
     )
     raise ValueError(
-        f"{type(model).__name__}: {len(found)} of {layers} layers have an FFN that prosparse knows (gate_proj, "
-        f"up_proj, down_proj); the others are made of {', '.join(sorted(missing))}: choose a model of the Llama, "
-        "Mistral or Qwen kind"
+        f"{type(model).__name__}: {len(found)} of {layers} layers have an FFN that prosparse knows "
+        "(gate_proj, up_proj, down_proj; gate_up_proj, down_proj; fc1, fc2; dense_h_to_4h, dense_4h_to_h); the others "
+        f"are made of {', '.join(sorted(missing))}: choose a model of a family in docs/models.md"
     )
 
 
@@ -79,15 +163,22 @@ def sparse_ffns(model: nn.Module) -> list[SparseFFN]:
     return [module for module in model.modules() if isinstance(module, SparseFFN)]
 
 
+def neurons(config: PreTrainedConfig) -> int:
+    """The neurons of one layer's FFN, by the name that the family's config has for them."""
+    text = config.get_text_config()
+    return next(size for key in NEURON_KEYS if (size := getattr(text, key, None)) is not None)
+
+
 def activation_of(model: PreTrainedModel) -> tuple[str, float]:
-    """(activation, parameter) that the gated FFNs of `model` compute; raises ValueError if it is none that we know."""
+    """(activation, parameter) that the FFNs of `model` compute; raises ValueError if it is none that we know."""
     ffn = next(iter(find_ffns(model).values()))
     if isinstance(ffn, SparseFFN):
         return ffn.activation, ffn.param
     config = model.config.get_text_config()
-    name = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
-    if name not in INTERMEDIATES:
-        raise ValueError(f"the model's hidden_act is {name}: prosparse knows {', '.join(INTERMEDIATES)}")
+    key = activation_key(config)
+    name = getattr(config, key, None)
+    if name not in ACTIVATIONS:
+        raise ValueError(f"the model's {key} is {name}: prosparse knows {', '.join(ACTIVATIONS)}")
     return name, 0.0
 
 
@@ -97,33 +188,29 @@ def round_bf16(threshold: float) -> float:
 
 
 def substitute(model: PreTrainedModel, activation: str, param: float = 0.0) -> Substitution:
-    """Give every gated FFN of `model` the activation `activation` (a key of activations.INTERMEDIATES), in place.
+    """Give every FFN of `model` the activation `activation` (a key of activations.ACTIVATIONS), in place.
 
     `param` is the threshold of fatrelu and drelu (rounded to bf16) or the offset of shifted_relu. Weights and their
-    names stay. The
-    model's config is told (hidden_act, hidden_act_param), so that no saved folder silently claims the old activation.
-    Raises ValueError for an unknown activation or a model with unknown FFNs; the model is then unchanged.
+    names stay. The model's config is told (hidden_act or what its family calls it, hidden_act_param), so that no saved
+    folder silently claims the old activation.
+    Raises ValueError for an unknown activation, one that the FFNs cannot have, or a model with unknown FFNs; the model
+    is then unchanged.
     """
-    if activation not in INTERMEDIATES:
-        raise ValueError(f"activation is {activation}: choose one of {', '.join(INTERMEDIATES)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation}: choose one of {', '.join(ACTIVATIONS)}")
     if activation in ("fatrelu", "drelu"):
         param = round_bf16(param)
-    ffns = find_ffns(model)
+    layers = len(find_ffns(model))
+    if activation == "drelu" and UngatedFFN in ffn_forms(model).values():
+        raise ValueError(f"drelu needs an up projection, and {type(model).__name__} has none: choose relu or fatrelu")
     config = model.config.get_text_config()
     replaced, replaced_param = activation_of(model)
-    for name, module in ffns.items():
-        if isinstance(module, SparseFFN):
-            module.activation, module.param = activation, param
-        else:
-            parent, _, child = name.rpartition(".")
-            gate_proj, up_proj, down_proj = (module.get_submodule(projection) for projection in PROJECTIONS)
-            ffn = SparseFFN(gate_proj, up_proj, down_proj, activation, param)
-            setattr(model.get_submodule(parent), child, ffn.train(module.training))
-    for key in ("hidden_act", "hidden_activation"):
+    put_sparse_ffns(model, activation, param)
+    for key in ACTIVATION_KEYS:
         if hasattr(config, key):
             setattr(config, key, activation)
     config.hidden_act_param = param
-    return Substitution(len(ffns), replaced, replaced_param, activation, param)
+    return Substitution(layers, replaced, replaced_param, activation, param)
 
 
 def set_penalty(model: nn.Module, context: PenaltyContext | None) -> None:
@@ -132,9 +219,30 @@ def set_penalty(model: nn.Module, context: PenaltyContext | None) -> None:
         ffn.penalty = None if context is None else partial(inject_l1, context=context, layer=layer)
 
 
-def _is_gated(module: nn.Module) -> bool:
-    children = dict(module.named_children())
-    projections = [children.pop(name, None) for name in PROJECTIONS]
-    if any(projection is None for projection in projections) or list(module.parameters(recurse=False)):
-        return False
-    return len(children) <= 1 and all(not list(child.parameters()) for child in children.values())
+@contextmanager
+def observing(model: PreTrainedModel, see: Callable[..., None]) -> Iterator[int]:
+    """While the block runs, every forward pass calls see(layer, x1, **routing) with each FFN's intermediate.
+
+    Gives the number of FFNs. A model that is not substituted has, meanwhile, SparseFFNs with its own activation.
+    Raises ValueError if it has FFNs or an activation that are not known.
+    """
+    found = find_ffns(model)
+
+    def pass_on(x1: Tensor, layer: int, **routing) -> Tensor:
+        see(layer, x1, **routing)
+        return x1
+
+    if not all(isinstance(module, SparseFFN) for module in found.values()):
+        put_sparse_ffns(model, *activation_of(model))
+    ffns = sparse_ffns(model)
+    before = [ffn.penalty for ffn in ffns]
+    try:
+        for layer, ffn in enumerate(ffns):
+            ffn.penalty = partial(pass_on, layer=layer)
+        yield len(ffns)
+    finally:
+        for ffn, penalty in zip(ffns, before, strict=True):
+            ffn.penalty = penalty
+        for name, module in found.items():
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module)

@@ -30,16 +30,17 @@ class _InjectL1(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x1: Tensor, context: PenaltyContext, layer: int) -> Tensor:
         ctx.save_for_backward(x1)
-        ctx.context, ctx.layer, ctx.token_mask = context, layer, context.token_mask
+        ctx.context, ctx.layer = context, layer
+        ctx.mask = None if context.token_mask is None else context.token_mask.reshape(x1.shape[:-1])
         return x1.view_as(x1)
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):
         (gradient,), (x1,), context = gradients, ctx.saved_tensors, ctx.context
         counted, elements = x1, torch.tensor(x1.numel(), dtype=torch.float64)
-        if ctx.token_mask is not None:
-            counted = x1 * ctx.token_mask.unsqueeze(-1)
-            elements = ctx.token_mask.sum() * x1.shape[-1]
+        if ctx.mask is not None:
+            counted = x1 * ctx.mask.unsqueeze(-1)
+            elements = ctx.mask.sum() * x1.shape[-1]
         sign = counted.sign()
         tally(context.statistics[ctx.layer], counted, sign, elements)
         scale = (context.scale / x1.shape[-1]).to(gradient.dtype)
@@ -54,7 +55,7 @@ def tally(row: Tensor, x1: Tensor, sign: Tensor, elements: Tensor) -> None:
 
 
 def inject_l1(x1: Tensor, context: PenaltyContext, layer: int) -> Tensor:
-    """Return x1 ([..., neurons]; [batch, context, neurons] with a token mask) unchanged.
+    """Return x1 ([..., neurons]; with a token mask batch x context rows, in that order) unchanged.
 
     In backward, and only there, add context.scale / neurons · sign(x1) to its gradient and this layer's row to
     context.statistics. Backward runs once per layer and micro-batch whatever the activation checkpointing, forward does

@@ -23,8 +23,8 @@ from prosparse import checkpoint, schedule, shards, signals
 from prosparse.checkpoint import Saver, TrainState
 from prosparse.config import Checkpointing, Dtype, Train
 from prosparse.data import Prepared, mixture, open_prepared, prepare, tokenizer_digest
-from prosparse.engine import deepspeed_config, plain, start_engine
-from prosparse.ffn import activation_of, substitute
+from prosparse.engine import deepspeed_config, plain, start_engine, stop_engine
+from prosparse.ffn import activation_key, activation_of, substitute
 from prosparse.group import agree, from_rank_zero, on_any_rank, same_everywhere, shared, start_group
 from prosparse.models.formats import released_config
 from prosparse.models.load import load_config, load_model, load_tokenizer
@@ -163,7 +163,7 @@ def read_back(run: Run) -> None:
 
 def free_engine(run: Run) -> None:
     """Give back the memory of the engine and its model, of which nobody else may hold a reference."""
-    run.engine.destroy()
+    stop_engine(run.engine)
     run.engine = None
     gc.collect()
     if run.device.type == "cuda":
@@ -202,7 +202,7 @@ def _opening(config: Train) -> dict:
 def _check_model(config: Train, whole: PreTrainedConfig) -> Any:
     """The text config of the base model, if it is the one described, takes the context and can be exported."""
     text_config, recipe = whole.get_text_config(), config.recipe
-    own = (getattr(text_config, "hidden_act", "silu"), 0.0)
+    own = (getattr(text_config, activation_key(text_config), "silu"), 0.0)
     activation = schedule.activation(recipe) or own
     released_config(whole, *activation)
     if schedule.shifts(recipe):

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from prosparse.data import batch as make_batch
-from prosparse.ffn import find_ffns
+from prosparse.ffn import find_ffns, observing
 from prosparse.penalty import mean_abs_by_layer, new_statistics, sparsity_by_layer, tally
 
 
@@ -64,8 +63,7 @@ def measure(
 ) -> Measurement:
     """Perplexity and sparsity of `model` on `rows` (each [context]), or on those named by `indices`.
 
-    The intermediate is whatever enters down_proj, so any model whose FFNs are found can be measured, substituted or
-    not.
+    Any model whose FFNs and activation are known can be measured, substituted or not.
     In a process group every rank has to call it; each measures its share and all return the same result.
     Raises ValueError if there are no rows or the model has no FFN that is known.
     """
@@ -74,34 +72,27 @@ def measure(
         raise ValueError("there are no rows to measure: the text is shorter than one row of `context` tokens")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = model.device
-    ffns = find_ffns(model)
-    statistics = new_statistics(len(ffns), device)
-    totals = torch.zeros(2, dtype=torch.float64, device=device)  # summed loss, labeled tokens
-
-    def count(layer: int, mask: Tensor | None) -> Callable:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x1 = inputs[0].flatten(0, -2) if mask is None else inputs[0][mask]
-            tally(statistics[layer], x1, x1.sign(), torch.tensor(x1.numel(), dtype=torch.float64))
-
-        return hook
-
     share = [chosen[i : i + batch] for i in range(0, len(chosen), batch)][rank::world]
     passes = math.ceil(math.ceil(len(chosen) / batch) / world)
+    statistics = new_statistics(len(find_ffns(model)), device)
+    totals = torch.zeros(2, dtype=torch.float64, device=device)  # summed loss, labeled tokens
+    mask: Tensor | None = None
+    own = False
+
+    def count(layer: int, x1: Tensor) -> None:
+        if own:
+            x1 = x1.flatten(0, -2) if mask is None else x1[mask.reshape(x1.shape[:-1])]
+            tally(statistics[layer], x1, x1.sign(), torch.tensor(x1.numel(), dtype=torch.float64))
+
     was_training = model.training
     model.eval()
     for number in range(passes):
         # A rank without rows of its own goes through the forward pass too: under ZeRO-3 it holds a part of the weights.
         own = number < len(share)
         data = make_batch(rows, share[number] if own else chosen[:1]).to(device)
-        hooks = [
-            ffn.get_submodule("down_proj").register_forward_pre_hook(count(layer, data.token_mask))
-            for layer, ffn in enumerate(ffns.values() if own else ())
-        ]
-        try:
+        mask = data.token_mask
+        with observing(model, count):
             logits = model(input_ids=data.input_ids, use_cache=False).logits
-        finally:
-            for hook in hooks:
-                hook.remove()
         if own:
             totals += torch.stack(
                 [language_loss(logits, data.labels).double(), totals.new_tensor(labeled(data.labels))]

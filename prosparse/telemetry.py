@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from prosparse import schedule
 from prosparse.config import Tracking, Train, Wandb
 from prosparse.data import Prepared, epochs
-from prosparse.ffn import Substitution
+from prosparse.ffn import Substitution, neurons
 
 # Dense bf16 peaks in FLOP/s, from the vendor's data sheets.
 PEAK_FLOPS = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H200": 989e12}
@@ -155,11 +155,11 @@ def header(
     device: torch.device,
 ) -> str:
     """What is about to run: model, batch arithmetic, stages, text; `step` is where it goes on."""
-    recipe, neurons = config.recipe, model.config.get_text_config().intermediate_size
+    recipe, width = config.recipe, neurons(model.config)
     sequences, context = schedule.batch_at(recipe, 1)
     lines = [
         f"model    {config.model.source}: {_parameters(model) / 1e6:,.1f} M parameters, {substitution.layers} FFNs of "
-        f"{neurons:,} neurons, {substitution.replaced} -> {substitution.activation}, control {recipe.control}",
+        f"{width:,} neurons, {substitution.replaced} -> {substitution.activation}, control {recipe.control}",
         f"batch    {sequences} rows x {context} tokens = micro_batch {config.micro_batch} x {ranks} ranks x "
         f"accumulation {schedule.accumulation(sequences, config.micro_batch, ranks)}; {config.dtype}, "
         f"ZeRO-{config.zero.stage}, {device_name(device, ranks)}, {torch.get_num_threads()} threads a rank",
@@ -169,7 +169,7 @@ def header(
     for span in schedule.spans(recipe):
         factors = [schedule.l1_factor(recipe, end) for end in (span.first, span.last)]
         rates = [schedule.learning_rate(recipe, end) for end in (span.first, span.last)]
-        mean = schedule.l1_factor_mean(recipe, span.last, neurons)
+        mean = schedule.l1_factor_mean(recipe, span.last, width)
         lines.append(
             f"stage    {span.name:<13} steps {span.first}-{span.last}  λ {factors[0]:.4g} -> {factors[1]:.4g} "
             f"({mean:.4g} x mean |x1|)  lr {rates[0]:.2g} -> {rates[1]:.2g}"

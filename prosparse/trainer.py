@@ -19,7 +19,7 @@ from prosparse.config import OnSpike, Train
 from prosparse.data import batch
 from prosparse.engine import accumulate, diagnose, less_memory, out_of_memory, set_rate
 from prosparse.exporters.hf import export_hf
-from prosparse.ffn import activation_of, set_penalty, substitute
+from prosparse.ffn import activation_of, neurons, set_penalty, substitute
 from prosparse.group import from_rank_zero, on_any_rank, patience, shared, waiting
 from prosparse.models.load import load_model
 from prosparse.penalty import PenaltyContext, mean_abs_by_layer, new_statistics, sparsity_by_layer
@@ -95,7 +95,7 @@ def train_stages(run: Run) -> bool:
     config, recipe, state, model = run.config, run.config.recipe, run.state, run.engine.module
     total = schedule.total_steps(recipe)
     last = next((span.last for span in schedule.spans(recipe) if span.name == config.until), total)
-    neurons = run.base_config.get_text_config().intermediate_size
+    width = neurons(run.base_config)
     layers = run.base_config.get_text_config().num_hidden_layers
     context = PenaltyContext(torch.zeros((), device=run.device), new_statistics(layers, run.device))
     eta, skipped_in_a_row, told_volume = Eta(), 0, False
@@ -122,7 +122,7 @@ def train_stages(run: Run) -> bool:
         starts = range(first + run.rank * config.micro_batch, first + sequences, config.micro_batch * run.world)
         numbers = [range(i, i + config.micro_batch) for i in starts]
         rows = [batch(run.rows(step), indices).to(run.device) for indices in numbers]
-        factor = schedule.l1_factor_mean(recipe, step, neurons)
+        factor = schedule.l1_factor_mean(recipe, step, width)
         try:
             window = accumulate(run.engine, context, rows, factor, run.poll)
             if config.guard.on_spike is not OnSpike.none:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "faults"))
@@ -33,10 +33,10 @@ def tiny(tmp_path_factory) -> dict[str, Path]:
     return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-def make_tiny(root: Path, **changes) -> dict[str, Path]:
+def make_tiny(root: Path, model: PreTrainedModel | None = None, **changes) -> dict[str, Path]:
     """A tiny base model with its tokenizer, text to train it on, and a place for the rows: their folders by name.
 
-    `changes` are of the model's config.
+    `changes` are of the tiny Llama's config; `model`, with 300 tokens, stands in its place.
     """
     (root / "text").mkdir()
     words = [
@@ -65,7 +65,7 @@ def make_tiny(root: Path, **changes) -> dict[str, Path]:
     )
     raw.train_from_iterator((path.read_text() for path in (root / "text").glob("*.txt")), trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
-    tiny_llama(**changes).save_pretrained(root / "model")
+    (model or tiny_llama(**changes)).save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
     return {"model": root / "model", "text": root / "text", "cache": root / "cache"}
 

@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from prosparse.exporters import hf
-from prosparse.ffn import SparseFFN, substitute
+from prosparse.ffn import ACTIVATION_KEYS, SeparateFFN, activation_key, substitute
 from prosparse.models import SPARSE_CLASSES
+from prosparse.models.formats import STOCK_ACTIVATIONS
 from prosparse.models.load import build_model, load_model, load_tokenizer
 
 EXPORTS = {  # name: base, activation, param, dtype, architecture in config.json
@@ -38,6 +39,23 @@ EXPORTS = {  # name: base, activation, param, dtype, architecture in config.json
     "qwen3-fatrelu": ("qwen3", "fatrelu", 0.125, torch.float32, "SparseQwen3ForCausalLM"),
     "qwen3-drelu": ("qwen3", "drelu", 0.0, torch.float32, "SparseQwen3ForCausalLM"),
     "qwen3-relu2": ("qwen3", "relu2", 0.0, torch.float32, "SparseQwen3ForCausalLM"),
+    "gemma-gelu": ("gemma", "gelu_pytorch_tanh", 0.0, torch.float32, "GemmaForCausalLM"),
+    "gemma-relu": ("gemma", "relu", 0.0, torch.float32, "GemmaForCausalLM"),
+    "gemma-fatrelu": ("gemma", "fatrelu", 0.125, torch.float32, "SparseGemmaForCausalLM"),
+    "gemma3_text-relu": ("gemma3_text", "relu", 0.0, torch.float32, "Gemma3ForCausalLM"),
+    "gemma3_text-fatrelu": ("gemma3_text", "fatrelu", 0.125, torch.bfloat16, "SparseGemma3ForCausalLM"),
+    "phi3-relu": ("phi3", "relu", 0.0, torch.float32, "Phi3ForCausalLM"),
+    "phi3-fatrelu": ("phi3", "fatrelu", 0.125, torch.float32, "SparsePhi3ForCausalLM"),
+    "phi3-drelu": ("phi3", "drelu", 0.0, torch.bfloat16, "SparsePhi3ForCausalLM"),
+    "opt-relu": ("opt", "relu", 0.0, torch.float32, "OPTForCausalLM"),
+    "opt-fatrelu": ("opt", "fatrelu", 0.125, torch.float32, "SparseOPTForCausalLM"),
+    "gpt_neox-relu": ("gpt_neox", "relu", 0.0, torch.float32, "GPTNeoXForCausalLM"),
+    "gpt_neox-shifted_relu": ("gpt_neox", "shifted_relu", 0.125, torch.float32, "SparseGPTNeoXForCausalLM"),
+    "falcon-relu": ("falcon", "relu", 0.0, torch.float32, "FalconForCausalLM"),
+    "falcon-fatrelu": ("falcon", "fatrelu", 0.125, torch.bfloat16, "SparseFalconForCausalLM"),
+    "minicpm-relu": ("minicpm", "relu", 0.0, torch.float32, "MiniCPMForCausalLM"),
+    "minicpm-fatrelu": ("minicpm", "fatrelu", 0.125, torch.float32, "MiniCPMForCausalLM"),
+    "minicpm-silu": ("minicpm", "silu", 0.0, torch.bfloat16, "MiniCPMForCausalLM"),
 }
 
 
@@ -111,7 +129,7 @@ def test_a_config_says_what_the_published_formats_say(exports, name):
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == [architecture] and config["dtype"] == str(dtype).removeprefix("torch.")
     for key, value in BASES[base].to_dict().items():
-        unsaid = ("architectures", "dtype", "hidden_act", "model_type", "transformers_version")
+        unsaid = ("architectures", "dtype", *ACTIVATION_KEYS, "hidden_act_param", "model_type", "transformers_version")
         foreign = ("attention_bias", "mlp_bias", "pretraining_tp") if architecture == "BambooForCausalLM" else ()
         assert key in (*unsaid, *foreign) or key not in config or config[key] == value
     assert not {"quantization_config", "_name_or_path", "_attn_implementation"} & set(config)
@@ -125,13 +143,14 @@ def test_a_config_says_what_the_published_formats_say(exports, name):
         assert (config["model_type"], config["hidden_act"]) == ("bamboo", "relu")
         assert config["sliding_window"] == (8 if base == "mistral" else None)
     else:
-        assert config["hidden_act"] == activation
-    if activation in ("silu", "relu"):
+        assert config[activation_key(BASES[base])] == activation
+    stock = activation in STOCK_ACTIVATIONS and base != "minicpm"
+    if stock:
         assert "auto_map" not in config and not list(folder.glob("*.py"))
     else:
         assert [path.name for path in folder.glob("*.py")] == [f"modeling_{config['model_type']}.py"]
     in_bamboo = architecture == "BambooForCausalLM"
-    assert config.get("hidden_act_param") == (None if activation in ("silu", "relu") or in_bamboo else param)
+    assert config.get("hidden_act_param") == (None if stock or in_bamboo else param)
 
 
 @pytest.mark.parametrize("model_class", SPARSE_CLASSES.values())
@@ -150,9 +169,8 @@ def test_training_the_exported_file_and_the_stock_class_share_one_ffn(activation
     config.hidden_act = {"silu": "silu", "relu2": "relu2"}.get(activation, "relu")
     torch.manual_seed(0)
     stock, hidden = LlamaMLP(config), torch.randn(5, 7, 32)
-    projections = (stock.gate_proj, stock.up_proj, stock.down_proj)
     param = 0.125 if activation in ("fatrelu", "drelu", "shifted_relu") else 0.0
-    ours, theirs = (made(*projections, activation, param) for made in (SparseFFN, scope["SparseFFN"]))
+    ours, theirs = (made(stock, activation, param) for made in (SeparateFFN, scope["SeparateFFN"]))
     assert torch.equal(ours(hidden), theirs(hidden))
     if activation != "drelu":  # the stock class has no activation on up
         ours.param = 0.0

@@ -12,7 +12,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from prosparse.activations import INTERMEDIATES, intermediate
+from prosparse.activations import ACTIVATIONS, intermediate
 from prosparse.ffn import activation_of, find_ffns, sparse_ffns, substitute
 
 FAMILIES = {
@@ -114,4 +114,4 @@ def test_an_unknown_activation_is_an_error_that_lists_the_known_ones():
 
 def test_ffns_are_found_in_layer_order():
     assert list(find_ffns(tiny_llama())) == [f"model.layers.{i}.mlp" for i in range(3)]
-    assert set(INTERMEDIATES) >= {"silu", "relu", "fatrelu", "drelu", "shifted_relu", "relu2"}
+    assert set(ACTIVATIONS) >= {"silu", "relu", "fatrelu", "drelu", "shifted_relu", "relu2"}

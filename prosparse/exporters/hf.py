@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from prosparse.activations import INTERMEDIATES, intermediate
-from prosparse.ffn import SparseFFN, activation_of, sparse_ffns, substitute
+from prosparse import ffn
+from prosparse.activations import ACTIVATIONS, intermediate
+from prosparse.ffn import activation_of, sparse_ffns, substitute
 from prosparse.models import SPARSE_CLASSES, sparse
 from prosparse.models.formats import released_config, stock_config
 from prosparse.models.load import build_model
@@ -44,7 +45,7 @@ def export_hf_model(
 ) -> dict:
     """`export_hf` of a loaded model: stock, substituted or of a sparse class."""
     activation, param = activation_of(model)
-    assert all((ffn.activation, ffn.param) == (activation, param) for ffn in sparse_ffns(model))
+    assert all((made.activation, made.param) == (activation, param) for made in sparse_ffns(model))
     state_dict = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     return export_hf(
         state_dict,
@@ -122,20 +123,24 @@ def modeling_source(model_class: type[PreTrainedModel]) -> str:
     config_class = model_class.config_class
     assert config_class is not None
     stock = sorted(base.__name__ for base in (config_class.__bases__[0], model_class.__bases__[0]))
-    activations = dict.fromkeys(INTERMEDIATES.values())
-    table = [f'    "{name}": {function.__name__},' for name, function in INTERMEDIATES.items()]
+    functions = dict.fromkeys(ACTIVATIONS.values())
+    table = [f'    "{name}": {function.__name__},' for name, function in ACTIVATIONS.items()]
+    text = inspect.getsource(model_class)
+    helpers = [part for part in (sparse.stock_activation, sparse.scale_output) if part.__name__ in text]
+    forms: list[Any] = [ffn.SparseFFN, *ffn.FORMS, ffn.ffn_forms, ffn.put_sparse_ffns]
     parts = [
         f'"""{model_class.__name__} for Hugging Face transformers: {stock[1]} with sparse feed-forward layers.\n\n'
         'Written by prosparse from its own source; load the folder with trust_remote_code=True.\n"""\n\n'
         "from collections.abc import Callable, Iterator\n"
         "from contextlib import contextmanager\n\n"
         "import torch\nimport torch.nn as nn\nimport torch.nn.functional as F\nfrom torch import Tensor\n"
-        f"from transformers import {stock[0]}, {stock[1]}, PreTrainedConfig, PreTrainedModel",
-        *(inspect.getsource(function) for function in activations),
-        "\n".join(["INTERMEDIATES = {", *table, "}"]),
-        *(inspect.getsource(part) for part in (intermediate, SparseFFN)),
-        *(inspect.getsource(part) for part in (sparse.stock_activation, sparse.put_sparse_ffns)),
-        *(inspect.getsource(part) for part in (config_class, model_class)),
+        f"from transformers import {stock[0]}, {stock[1]}, PreTrainedConfig",
+        *(inspect.getsource(function) for function in functions),
+        "\n".join(["ACTIVATIONS = {", *table, "}"]),
+        f"ACTIVATION_KEYS = {ffn.ACTIVATION_KEYS}",
+        *(inspect.getsource(part) for part in (intermediate, *forms)),
+        f"FORMS = ({', '.join(form.__name__ for form in ffn.FORMS)},)",
+        *(inspect.getsource(part) for part in (ffn.activation_key, *helpers, config_class, model_class)),
     ]
     return "\n\n\n".join(part.strip("\n") for part in parts) + "\n"
 

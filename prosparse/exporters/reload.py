@@ -32,13 +32,15 @@ for _job in _jobs:
     _text_ids = None
     if _job["text"] is not None:
         _text_ids = AutoTokenizer.from_pretrained(_job["folder"], trust_remote_code=_trust)(_job["text"])["input_ids"]
-    _mlps = [layer.mlp for layer in _model.model.layers]
+    _config = _model.config
+    _keys = ("hidden_act", "hidden_activation", "activation_function", "activation")
+    _own = next(getattr(_config, key) for key in _keys if getattr(_config, key, None) is not None)
+    _ffns = [
+        module for module in _model.modules() if any(kind.__name__ == "SparseFFN" for kind in type(module).__mro__)
+    ]
     _seen = {
         "class": type(_model).__name__,
-        "activations": [
-            [mlp.activation, mlp.param] if hasattr(mlp, "activation") else [_model.config.hidden_act, 0.0]
-            for mlp in _mlps
-        ],
+        "activations": [[ffn.activation, ffn.param] for ffn in _ffns] or [[_own, 0.0]] * _config.num_hidden_layers,
         "problems": sorted(str(key) for kind in _report.values() for key in kind),
         "text_ids": _text_ids,
         "imports_prosparse": "prosparse" in sys.modules,

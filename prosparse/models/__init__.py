@@ -6,8 +6,14 @@ In: nothing. Out: AutoConfig and AutoModelForCausalLM know `sparsellama`, `bambo
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prosparse.models.bamboo import BambooForCausalLM
+from prosparse.models.falcon import SparseFalconForCausalLM
+from prosparse.models.gemma import SparseGemma3ForCausalLM, SparseGemmaForCausalLM
+from prosparse.models.gpt_neox import SparseGPTNeoXForCausalLM
 from prosparse.models.llama import AnySparseLlamaForCausalLM, SparseLlamaForCausalLM
+from prosparse.models.minicpm import MiniCPMForCausalLM
 from prosparse.models.mistral import SparseMistralForCausalLM
+from prosparse.models.opt import SparseOPTForCausalLM
+from prosparse.models.phi3 import SparsePhi3ForCausalLM
 from prosparse.models.qwen2 import SparseQwen2ForCausalLM
 from prosparse.models.qwen3 import SparseQwen3ForCausalLM
 
@@ -20,6 +26,13 @@ SPARSE_CLASSES = {
         SparseMistralForCausalLM,
         SparseQwen2ForCausalLM,
         SparseQwen3ForCausalLM,
+        SparseGemmaForCausalLM,
+        SparseGemma3ForCausalLM,
+        SparsePhi3ForCausalLM,
+        SparseOPTForCausalLM,
+        SparseGPTNeoXForCausalLM,
+        SparseFalconForCausalLM,
+        MiniCPMForCausalLM,
     )
 }
 

@@ -6,7 +6,7 @@ Out: MistralForCausalLM with dReLU in every layer. Without a sliding window it i
 
 from transformers import MistralConfig, MistralForCausalLM
 
-from prosparse.models.sparse import put_sparse_ffns
+from prosparse.ffn import put_sparse_ffns
 
 
 class BambooConfig(MistralConfig):

@@ -6,7 +6,8 @@ other activation), hidden_act and hidden_act_param. Out: LlamaForCausalLM with a
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prosparse.models.sparse import put_sparse_ffns, stock_activation
+from prosparse.ffn import put_sparse_ffns
+from prosparse.models.sparse import stock_activation
 
 
 class SparseLlamaConfig(LlamaConfig):

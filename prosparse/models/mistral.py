@@ -6,7 +6,8 @@ Out: MistralForCausalLM with a sparse FFN in every layer.
 
 from transformers import MistralConfig, MistralForCausalLM
 
-from prosparse.models.sparse import put_sparse_ffns, stock_activation
+from prosparse.ffn import put_sparse_ffns
+from prosparse.models.sparse import stock_activation
 
 
 class SparseMistralConfig(MistralConfig):

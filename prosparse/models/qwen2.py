@@ -6,7 +6,8 @@ Out: Qwen2ForCausalLM with a sparse FFN in every layer.
 
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from prosparse.models.sparse import put_sparse_ffns, stock_activation
+from prosparse.ffn import put_sparse_ffns
+from prosparse.models.sparse import stock_activation
 
 
 class SparseQwen2Config(Qwen2Config):

@@ -6,7 +6,8 @@ Out: Qwen3ForCausalLM with a sparse FFN in every layer.
 
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from prosparse.models.sparse import put_sparse_ffns, stock_activation
+from prosparse.ffn import put_sparse_ffns
+from prosparse.models.sparse import stock_activation
 
 
 class SparseQwen3Config(Qwen3Config):

@@ -1,16 +1,17 @@
-"""How a sparse model class is built: the stock class first, then a `SparseFFN` in place of every MLP.
+"""How a sparse model class is built: the stock class first, then a `SparseFFN` in place of every FFN.
 
-In: a model under construction and its config. Out: the same model with sparse FFNs. An exported modelling file carries
-the text of these functions, so they use nothing of prosparse but `SparseFFN` and `INTERMEDIATES`.
+In: the config of a model under construction, its modules. Out: the config with an activation that the stock class
+knows, for as long as it needs one; scaled modules. An exported modelling file carries the text of what it needs.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from transformers import PreTrainedConfig, PreTrainedModel
+import torch.nn as nn
+from transformers import PreTrainedConfig
 
-from prosparse.activations import INTERMEDIATES
-from prosparse.ffn import SparseFFN
+from prosparse.activations import ACTIVATIONS
+from prosparse.ffn import activation_key
 
 
 @contextmanager
@@ -19,18 +20,17 @@ def stock_activation(config: PreTrainedConfig) -> Iterator[None]:
 
     Raises ValueError if the config names an activation that no sparse FFN has.
     """
-    name = config.hidden_act
-    if name not in INTERMEDIATES:
-        raise ValueError(f"hidden_act is {name}: a {config.model_type} model has one of {', '.join(INTERMEDIATES)}")
-    config.hidden_act = "relu"
+    key = activation_key(config)
+    name = getattr(config, key)
+    if name not in ACTIVATIONS:
+        raise ValueError(f"{key} is {name}: a {config.model_type} model has one of {', '.join(ACTIVATIONS)}")
+    setattr(config, key, "relu")
     try:
         yield
     finally:
-        config.hidden_act = name
+        setattr(config, key, name)
 
 
-def put_sparse_ffns(model: PreTrainedModel, activation: str, param: float) -> None:
-    """Put a SparseFFN around the projections of every layer's MLP; the weights and their names stay."""
-    for layer in model.model.layers:
-        mlp = layer.mlp
-        layer.mlp = SparseFFN(mlp.gate_proj, mlp.up_proj, mlp.down_proj, activation, param)
+def scale_output(module: nn.Module, factor: float) -> None:
+    """Let a module give `factor` times what it computes."""
+    module.register_forward_hook(lambda _module, _inputs, output: output * factor)
