@@ -12,10 +12,12 @@ from prosparse.models.gpt_neox import SparseGPTNeoXForCausalLM
 from prosparse.models.llama import AnySparseLlamaForCausalLM, SparseLlamaForCausalLM
 from prosparse.models.minicpm import MiniCPMForCausalLM
 from prosparse.models.mistral import SparseMistralForCausalLM
+from prosparse.models.mixtral import SparseMixtralForCausalLM
 from prosparse.models.opt import SparseOPTForCausalLM
 from prosparse.models.phi3 import SparsePhi3ForCausalLM
 from prosparse.models.qwen2 import SparseQwen2ForCausalLM
 from prosparse.models.qwen3 import SparseQwen3ForCausalLM
+from prosparse.models.qwen3_moe import SparseQwen3MoeForCausalLM
 
 SPARSE_CLASSES = {
     model_class.config_class.model_type: model_class
@@ -33,6 +35,8 @@ SPARSE_CLASSES = {
         SparseGPTNeoXForCausalLM,
         SparseFalconForCausalLM,
         MiniCPMForCausalLM,
+        SparseMixtralForCausalLM,
+        SparseQwen3MoeForCausalLM,
     )
 }
 
