@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -19,7 +20,7 @@ from prosparse.activations import ACTIVATIONS, intermediate
 from prosparse.penalty import PenaltyContext, inject_l1
 
 ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function", "activation")  # in a config, by family
-NEURON_KEYS = ("intermediate_size", "ffn_dim", "ffn_hidden_size")
+NEURON_KEYS = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "ffn_hidden_size")
 
 
 class SparseFFN(nn.Module):
@@ -89,7 +90,42 @@ class UngatedFFN(SparseFFN):
         return self.intermediate(z)
 
 
-FORMS: tuple[type[SparseFFN], ...] = (SeparateFFN, FusedFFN, UngatedFFN)
+class ExpertsFFN(SparseFFN):
+    """The routed experts of a layer: gate_up_proj [experts, 2 x neurons, hidden], down_proj [experts, hidden, neurons].
+
+    x1 has a row for each (token, expert) pair of the routing, [tokens x visits, neurons], sorted by expert.
+    """
+
+    projections = ("gate_up_proj", "down_proj")
+    gate_up_proj: Tensor
+    down_proj: Tensor
+
+    @classmethod
+    def place(cls, module: nn.Module) -> str | None:
+        dimensions = {name: len(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
+        plain = getattr(module, "is_transposed", True) is False and getattr(module, "is_concatenated", False)
+        return "" if plain and dimensions == dict.fromkeys(cls.projections, 3) else None
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden: [tokens, hidden]; top_k_index, the experts of each token, and top_k_weights: [tokens, visits]."""
+        order = top_k_index.flatten().argsort(stable=True)
+        ends = top_k_index.flatten().bincount(minlength=len(self.down_proj)).cumsum(0, dtype=torch.int32)
+        tokens, visits = order // top_k_index.shape[-1], top_k_index.shape[-1]
+        gate, up = by_expert(hidden[tokens], self.gate_up_proj, ends).chunk(2, dim=-1)
+        x1 = self.intermediate(gate, up, tokens=tokens, visits=visits)
+        weighted = by_expert(x1, self.down_proj, ends) * top_k_weights.flatten()[order, None]
+        return weighted[order.argsort()].unflatten(0, (-1, visits)).sum(1).to(hidden.dtype)
+
+
+def by_expert(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """rows @ weights[expert].T, [rows, out]; rows: [rows, in] sorted by expert, ends: where each expert's rows end."""
+    if rows.is_cuda and hasattr(F, "grouped_mm") and torch.cuda.get_device_capability(rows.device) >= (8, 0):
+        return F.grouped_mm(rows, weights.transpose(-2, -1), offs=ends)
+    parts = rows.tensor_split(ends[:-1].tolist())
+    return torch.cat([F.linear(part, weight) for part, weight in zip(parts, weights, strict=True)])
+
+
+FORMS: tuple[type[SparseFFN], ...] = (SeparateFFN, FusedFFN, UngatedFFN, ExpertsFFN)
 
 
 def ffn_forms(model: nn.Module) -> dict[str, type[SparseFFN]]:
@@ -137,7 +173,8 @@ def find_ffns(model: PreTrainedModel) -> dict[str, nn.Module]:
     """What a SparseFFN is or replaces in every decoder layer, by module name in layer order.
 
     Known forms: separate (gate_proj, up_proj, down_proj) and fused (gate_up_proj, down_proj), each with at most one
-    parameter-free activation beside them, and ungated (fc1, activation_fn, fc2 or dense_h_to_4h, act, dense_4h_to_h).
+    parameter-free activation beside them, ungated (fc1, activation_fn, fc2 or dense_h_to_4h, act, dense_4h_to_h), and
+    experts (3-D gate_up_proj and down_proj, gate before up, without biases).
     Raises ValueError that names the module types seen if no layer, or not every layer, has such an FFN.
     """
     found = {name: model.get_submodule(name) for name in ffn_forms(model)}
@@ -153,8 +190,9 @@ def find_ffns(model: PreTrainedModel) -> dict[str, nn.Module]:
     )
     raise ValueError(
         f"{type(model).__name__}: {len(found)} of {layers} layers have an FFN that prosparse knows "
-        "(gate_proj, up_proj, down_proj; gate_up_proj, down_proj; fc1, fc2; dense_h_to_4h, dense_4h_to_h); the others "
-        f"are made of {', '.join(sorted(missing))}: choose a model of a family in docs/models.md"
+        "(gate_proj, up_proj, down_proj; gate_up_proj, down_proj, also of experts; fc1, fc2; dense_h_to_4h, "
+        f"dense_4h_to_h); the others are made of {', '.join(sorted(missing))}: choose a model of a family in "
+        "docs/models.md"
     )
 
 
@@ -164,9 +202,13 @@ def sparse_ffns(model: nn.Module) -> list[SparseFFN]:
 
 
 def neurons(config: PreTrainedConfig) -> int:
-    """The neurons of one layer's FFN, by the name that the family's config has for them."""
+    """The neurons that a token visits in one layer: those of the FFN, or of its experts together.
+
+    Of a model with dense layers among its experts: in a layer with experts.
+    """
     text = config.get_text_config()
-    return next(size for key in NEURON_KEYS if (size := getattr(text, key, None)) is not None)
+    visits = getattr(text, "num_experts_per_tok", None) or 1
+    return visits * next(size for key in NEURON_KEYS if (size := getattr(text, key, None)) is not None)
 
 
 def activation_of(model: PreTrainedModel) -> tuple[str, float]:

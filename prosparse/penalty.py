@@ -28,10 +28,10 @@ class PenaltyContext:
 
 class _InjectL1(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x1: Tensor, context: PenaltyContext, layer: int) -> Tensor:
+    def forward(ctx, x1: Tensor, context: PenaltyContext, layer: int, tokens: Tensor | None, visits: int) -> Tensor:
         ctx.save_for_backward(x1)
-        ctx.context, ctx.layer = context, layer
-        ctx.mask = None if context.token_mask is None else context.token_mask.reshape(x1.shape[:-1])
+        ctx.context, ctx.layer, ctx.visits = context, layer, visits
+        ctx.mask = row_mask(context.token_mask, x1, tokens)
         return x1.view_as(x1)
 
     @staticmethod
@@ -43,8 +43,15 @@ class _InjectL1(torch.autograd.Function):
             elements = ctx.mask.sum() * x1.shape[-1]
         sign = counted.sign()
         tally(context.statistics[ctx.layer], counted, sign, elements)
-        scale = (context.scale / x1.shape[-1]).to(gradient.dtype)
-        return torch.addcmul(gradient, scale, sign.to(gradient.dtype)), None, None
+        scale = (context.scale / (x1.shape[-1] * ctx.visits)).to(gradient.dtype)
+        return torch.addcmul(gradient, scale, sign.to(gradient.dtype)), None, None, None, None
+
+
+def row_mask(token_mask: Tensor | None, x1: Tensor, tokens: Tensor | None = None) -> Tensor | None:
+    """token_mask ([batch, context] or None) by row of x1 ([..., neurons]); tokens: of each row, else all in order."""
+    if token_mask is None:
+        return None
+    return token_mask.reshape(x1.shape[:-1]) if tokens is None else token_mask.flatten()[tokens]
 
 
 def tally(row: Tensor, x1: Tensor, sign: Tensor, elements: Tensor) -> None:
@@ -54,14 +61,17 @@ def tally(row: Tensor, x1: Tensor, sign: Tensor, elements: Tensor) -> None:
     row[COUNT] += elements
 
 
-def inject_l1(x1: Tensor, context: PenaltyContext, layer: int) -> Tensor:
+def inject_l1(x1: Tensor, context: PenaltyContext, layer: int, tokens: Tensor | None = None, visits: int = 1) -> Tensor:
     """Return x1 ([..., neurons]; with a token mask batch x context rows, in that order) unchanged.
 
     In backward, and only there, add context.scale / neurons · sign(x1) to its gradient and this layer's row to
     context.statistics. Backward runs once per layer and micro-batch whatever the activation checkpointing, forward does
     not; so gradient and counts are the same with none, non-reentrant and reentrant checkpointing.
+
+    Of experts x1 has a row for each routed (token, expert) pair, [tokens x visits, neurons]: `tokens` is the token of
+    each row, `visits` the experts that a token visits. mean |x1| is then that over these pairs and their neurons.
     """
-    return _InjectL1.apply(x1, context, layer)
+    return _InjectL1.apply(x1, context, layer, tokens, visits)
 
 
 def new_statistics(layers: int, device: torch.device | str = "cpu") -> Tensor:

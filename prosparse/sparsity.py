@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from prosparse.data import batch as make_batch
 from prosparse.ffn import find_ffns, observing
-from prosparse.penalty import mean_abs_by_layer, new_statistics, sparsity_by_layer, tally
+from prosparse.penalty import mean_abs_by_layer, new_statistics, row_mask, sparsity_by_layer, tally
 
 
 @dataclass
@@ -79,9 +79,10 @@ def measure(
     mask: Tensor | None = None
     own = False
 
-    def count(layer: int, x1: Tensor) -> None:
+    def count(layer: int, x1: Tensor, tokens: Tensor | None = None, visits: int = 1) -> None:
         if own:
-            x1 = x1.flatten(0, -2) if mask is None else x1[mask.reshape(x1.shape[:-1])]
+            kept = row_mask(mask, x1, tokens)
+            x1 = x1.flatten(0, -2) if kept is None else x1[kept]
             tally(statistics[layer], x1, x1.sign(), torch.tensor(x1.numel(), dtype=torch.float64))
 
     was_training = model.training

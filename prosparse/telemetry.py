@@ -217,20 +217,29 @@ def mfu(model: PreTrainedModel, context: int, tokens_per_second: float, device: 
     """Model FLOPs utilization of one device that trains `tokens_per_second`; None where its peak is not known.
 
     (6N + 12 · layers · hidden · context) FLOPs a token (PaLM, arXiv 2204.02311, appendix B), no causal halving; N
-    without the embeddings unless they are tied.
+    without the embeddings unless they are tied, and of experts as many as a token visits.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
     if peak is None:
         return None
     text = model.config.get_text_config()
-    parameters = _parameters(model) - (0 if text.tie_word_embeddings else text.vocab_size * text.hidden_size)
+    parameters = (
+        _parameters(model) - _idle(model) - (0 if text.tie_word_embeddings else text.vocab_size * text.hidden_size)
+    )
     per_token = 6 * parameters + 12 * text.num_hidden_layers * text.hidden_size * context
     return per_token * tokens_per_second / peak
 
 
 def _parameters(model: PreTrainedModel) -> int:
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+
+
+def _idle(model: PreTrainedModel) -> int:
+    """Parameters of the experts, [experts, ..., ...] each, that a token does not visit."""
+    visits = getattr(model.config.get_text_config(), "num_experts_per_tok", 0)
+    shapes = [tuple(getattr(parameter, "ds_shape", parameter.shape)) for parameter in model.parameters()]
+    return sum((shape[0] - visits) * shape[1] * shape[2] for shape in shapes if visits and len(shape) == 3)
 
 
 class Eta:

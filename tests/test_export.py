@@ -56,6 +56,10 @@ EXPORTS = {  # name: base, activation, param, dtype, architecture in config.json
     "minicpm-relu": ("minicpm", "relu", 0.0, torch.float32, "MiniCPMForCausalLM"),
     "minicpm-fatrelu": ("minicpm", "fatrelu", 0.125, torch.float32, "MiniCPMForCausalLM"),
     "minicpm-silu": ("minicpm", "silu", 0.0, torch.bfloat16, "MiniCPMForCausalLM"),
+    "mixtral-relu": ("mixtral", "relu", 0.0, torch.float32, "MixtralForCausalLM"),
+    "mixtral-drelu": ("mixtral", "drelu", 0.0, torch.float32, "SparseMixtralForCausalLM"),
+    "qwen3_moe-relu": ("qwen3_moe", "relu", 0.0, torch.bfloat16, "Qwen3MoeForCausalLM"),
+    "qwen3_moe-fatrelu": ("qwen3_moe", "fatrelu", 0.125, torch.float32, "SparseQwen3MoeForCausalLM"),
 }
 
 

@@ -9,16 +9,17 @@ import torch.nn.functional as F
 from test_models import BASES, TOKEN_IDS, base_model, logits
 from transformers import AutoModelForCausalLM
 
-from prosparse.ffn import activation_key, activation_of, neurons, set_penalty, sparse_ffns, substitute
+from prosparse.ffn import activation_key, activation_of, by_expert, neurons, set_penalty, sparse_ffns, substitute
 from prosparse.penalty import COUNT, MAGNITUDE, NONZERO, PenaltyContext, new_statistics
 from prosparse.sparsity import measure
+from prosparse.telemetry import _idle
 
 DOWN = ("down_proj", "fc2", "dense_4h_to_h")  # the modules that the intermediate enters
 FACTOR = 0.7
 
 
 def stock_relu(family: str):
-    """The stock class with ReLU, and the random weights of `base_model`."""
+    """The family's own class with ReLU, and the random weights of `base_model`."""
     config = deepcopy(BASES[family])
     setattr(config, activation_key(config), "relu")
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -30,7 +31,15 @@ def listen(model) -> list[torch.Tensor]:
     """The list that a stock model's intermediates go to, each [batch x context, neurons]."""
     heard: list[torch.Tensor] = []
     hear: Callable = lambda module, inputs: heard.append(inputs[0].flatten(0, -2))  # noqa: E731
+
+    def hear_experts(experts, inputs) -> None:
+        hidden, index, _ = inputs
+        gate, up = torch.einsum("th,tkgh->tkg", hidden, experts.gate_up_proj[index]).chunk(2, -1)
+        heard.append((F.relu(gate) * up).flatten(0, 1))
+
     for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "experts":
+            module.register_forward_pre_hook(hear_experts)
         if name.rpartition(".")[2] in DOWN:
             module.register_forward_pre_hook(hear)
     return heard
@@ -57,6 +66,8 @@ def test_the_injected_gradient_is_that_of_the_loss_written_out(family):
         return F.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
     plain = stock_relu(family).double()
+    if hasattr(plain.config, "num_experts_per_tok"):
+        plain.set_experts_implementation("eager")  # the other one takes no fp64
     heard = listen(plain)
     loss = language_loss(plain)
     kept = [x1[mask.flatten().repeat_interleave(len(x1) // mask.numel())] for x1 in heard]
@@ -93,3 +104,23 @@ def test_measured_sparsity_is_the_share_of_zeros_in_what_enters_the_down_project
     result = measure(model, TOKEN_IDS.numpy())
     assert result.sparsity_by_layer == pytest.approx(expected, abs=1e-6) and 0.1 < result.sparsity < 0.9
     assert [type(module) for module in model.modules()] == types
+
+
+def test_the_kernel_for_experts_on_a_gpu_computes_what_the_loop_computes():
+    generator = torch.Generator().manual_seed(0)
+    rows, weights = torch.randn(10, 16, generator=generator), torch.randn(4, 8, 16, generator=generator)
+    ends = torch.tensor([3, 3, 9, 10], dtype=torch.int32)  # the second expert has no rows
+    results = []
+    for compute in (by_expert, lambda rows, weights, ends: F.grouped_mm(rows, weights.transpose(-2, -1), offs=ends)):
+        given = [rows.clone().requires_grad_(), weights.clone().requires_grad_()]
+        out = compute(*given, ends)
+        out.square().sum().backward()
+        results.append([out, *(tensor.grad for tensor in given)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_experts_that_a_token_does_not_visit_cost_no_flops():
+    sizes = BASES["mixtral"]  # 2 layers, 2 of 4 experts, gate, up and down each 64 x 32
+    assert _idle(base_model("mixtral")) == 2 * 2 * 3 * sizes.intermediate_size * sizes.hidden_size
+    assert _idle(base_model("llama")) == 0

@@ -20,10 +20,12 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from prosparse.ffn import activation_key, sparse_ffns, substitute
@@ -91,6 +93,13 @@ BASES = {
         initializer_range=0.3,
     ),
     "minicpm": MiniCPMConfig(**SIZES, scale_emb=12, scale_depth=1.4, dim_model_base=8),
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": Qwen3MoeConfig(**SIZES, head_dim=16, moe_intermediate_size=48, num_experts=4, num_experts_per_tok=3),
+    "qwen3_moe_mixed": Qwen3MoeConfig(
+        **SIZES | {"intermediate_size": 144},
+        **{"head_dim": 16, "moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 3},
+        mlp_only_layers=[0],
+    ),
 }
 FORMATS = [  # base, activation, param, model_type, hidden_act, hidden_act_param
     ("llama", "silu", 0.0, "llama", "silu", None),
@@ -130,6 +139,11 @@ FORMATS = [  # base, activation, param, model_type, hidden_act, hidden_act_param
     ("minicpm", "relu", 0.0, "minicpm", "relu", 0.0),
     ("minicpm", "fatrelu", 0.125, "minicpm", "fatrelu", 0.125),
     ("minicpm", "silu", 0.0, "minicpm", "silu", 0.0),
+    ("mixtral", "silu", 0.0, "mixtral", "silu", None),
+    ("mixtral", "relu", 0.0, "mixtral", "relu", None),
+    ("mixtral", "drelu", 0.0, "sparse_mixtral", "drelu", 0.0),
+    ("qwen3_moe", "relu", 0.0, "qwen3_moe", "relu", None),
+    ("qwen3_moe", "fatrelu", 0.125, "sparse_qwen3_moe", "fatrelu", 0.125),
 ]
 TOKEN_IDS = torch.arange(24)[None] * 7 % 96
 

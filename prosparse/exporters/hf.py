@@ -127,7 +127,7 @@ def modeling_source(model_class: type[PreTrainedModel]) -> str:
     table = [f'    "{name}": {function.__name__},' for name, function in ACTIVATIONS.items()]
     text = inspect.getsource(model_class)
     helpers = [part for part in (sparse.stock_activation, sparse.scale_output) if part.__name__ in text]
-    forms: list[Any] = [ffn.SparseFFN, *ffn.FORMS, ffn.ffn_forms, ffn.put_sparse_ffns]
+    forms: list[Any] = [ffn.SparseFFN, *ffn.FORMS, ffn.by_expert, ffn.ffn_forms, ffn.put_sparse_ffns]
     parts = [
         f'"""{model_class.__name__} for Hugging Face transformers: {stock[1]} with sparse feed-forward layers.\n\n'
         'Written by prosparse from its own source; load the folder with trust_remote_code=True.\n"""\n\n'

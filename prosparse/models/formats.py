@@ -14,11 +14,13 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from prosparse.ffn import ACTIVATION_KEYS, activation_key
@@ -29,10 +31,12 @@ from prosparse.models.gpt_neox import SparseGPTNeoXConfig
 from prosparse.models.llama import AnySparseLlamaConfig, SparseLlamaConfig
 from prosparse.models.minicpm import MiniCPMConfig
 from prosparse.models.mistral import SparseMistralConfig
+from prosparse.models.mixtral import SparseMixtralConfig
 from prosparse.models.opt import SparseOPTConfig
 from prosparse.models.phi3 import SparsePhi3Config
 from prosparse.models.qwen2 import SparseQwen2Config
 from prosparse.models.qwen3 import SparseQwen3Config
+from prosparse.models.qwen3_moe import SparseQwen3MoeConfig
 
 STOCK_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu")
 _FAMILIES: dict[str, tuple[Any, Any]] = {  # model_type: the stock config and that of any activation
@@ -47,6 +51,8 @@ _FAMILIES: dict[str, tuple[Any, Any]] = {  # model_type: the stock config and th
     "gpt_neox": (GPTNeoXConfig, SparseGPTNeoXConfig),
     "falcon": (FalconConfig, SparseFalconConfig),
     "minicpm": (MiniCPMConfig, MiniCPMConfig),
+    "mixtral": (MixtralConfig, SparseMixtralConfig),
+    "qwen3_moe": (Qwen3MoeConfig, SparseQwen3MoeConfig),
 }
 _FAMILY = {
     "sparsellama": "llama",

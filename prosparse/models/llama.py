@@ -16,6 +16,12 @@ class SparseLlamaConfig(LlamaConfig):
     hidden_act: str = "fatrelu"
     hidden_act_param: float = 0.0
 
+    def __post_init__(self, **kwargs):
+        name, _, threshold = self.hidden_act.partition("_")
+        if name == "fatrelu" and threshold.replace(".", "", 1).isdigit():  # fatrelu_0.01, the authors' other spelling
+            self.hidden_act, self.hidden_act_param = name, float(threshold)
+        super().__post_init__(**kwargs)
+
 
 class SparseLlamaForCausalLM(LlamaForCausalLM):
     config_class = SparseLlamaConfig

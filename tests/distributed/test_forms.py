@@ -13,7 +13,7 @@ from prosparse.ffn import activation_of, sparse_ffns, substitute
 from prosparse.models.load import load_model
 
 pytestmark = pytest.mark.timeout(600)
-FORMS = {"gemma": "separate", "phi3": "fused", "opt": "ungated", "minicpm": "MiniCPM"}
+FORMS = {"gemma": "separate", "phi3": "fused", "opt": "ungated", "minicpm": "MiniCPM", "mixtral": "experts"}
 STEPS = [
     *("recipe.stages.substitution.steps=2", "recipe.stages.rise.steps=2", "recipe.stages.hold.steps=1"),
     *("recipe.shift.refinements=1", "recipe.shift.calibration_rows=4", "evaluate.rows=4", "zero=zero3"),
