@@ -21,17 +21,14 @@ from prosparse import checkpoint
 from prosparse.checkpoint import Saver, TrainState
 from prosparse.cli import compose
 from prosparse.config import Save
-from prosparse.engine import deepspeed_config, start_engine
+from prosparse.engine import deepspeed_config, join_deepspeed, start_engine
 from prosparse.group import from_rank_zero, start_group
 from prosparse.models.load import load_model
 
 
 def main(rounds: int) -> None:
     rank, world, device = start_group("auto", None, 0)
-    import deepspeed
-
-    deepspeed.utils.logger.setLevel("WARNING")
-    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+    join_deepspeed(device)
     config = compose("train", ["experiment=demo"])
     model = load_model(config.model.source, dtype=torch.bfloat16, device=device)
     engine = start_engine(config, model, deepspeed_config(config, world))

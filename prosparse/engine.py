@@ -4,9 +4,11 @@ In: a `Train` config, a model, micro-batches. Out: an engine whose gradient is t
 split over micro-batches and ranks.
 """
 
+import fcntl
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,6 +101,25 @@ def diagnose(engine: Any, context: PenaltyContext, micro_batches: list[Batch], r
     ranks = gathered(found)
     words = [f"rank {rank}, {entry}" for rank, entries in enumerate(ranks) for entry in entries[:2]]
     return "; ".join(words[:8]) or "every output and its gradient is finite, only their sum over the window is not"
+
+
+def join_deepspeed(device: torch.device) -> None:
+    """Let DeepSpeed use the process group. On a CPU it compiles an op then, behind a lock file that a killed process
+    leaves behind and everybody would wait for; so the ranks of a host take turns, and nobody holds it when it is removed.
+    """
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel("WARNING")
+    if device.type == "cuda":
+        deepspeed.init_distributed("nccl", verbose=False)
+        return
+    from torch.utils.cpp_extension import _get_build_directory
+
+    folder = Path(_get_build_directory("deepspeed_shm_comm", verbose=False))
+    with open(folder.with_name("prosparse.lock"), "w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)  # which the kernel frees when a process ends
+        (folder / "lock").unlink(missing_ok=True)
+        deepspeed.init_distributed("gloo", verbose=False)
 
 
 def set_rate(engine: Any, rate: float, decay: float) -> None:

@@ -23,7 +23,7 @@ from prosparse import checkpoint, schedule, shards, signals
 from prosparse.checkpoint import Saver, TrainState
 from prosparse.config import Checkpointing, Dtype, Train
 from prosparse.data import Prepared, mixture, open_prepared, prepare, tokenizer_digest
-from prosparse.engine import deepspeed_config, plain, start_engine, stop_engine
+from prosparse.engine import deepspeed_config, join_deepspeed, plain, start_engine, stop_engine
 from prosparse.ffn import activation_key, activation_of, substitute
 from prosparse.group import agree, from_rank_zero, on_any_rank, same_everywhere, shared, start_group
 from prosparse.models.formats import released_config
@@ -103,12 +103,9 @@ class Run:
 def open_run(config: Train) -> Run:
     """Everything before the first step: group, folder, text, model, substitution, engine, state."""
     rank, world, device = start_group(config.device, config.threads, config.seed, config.timeouts.start_seconds)
-    import deepspeed
-
     warnings.filterwarnings("ignore", ".*all_gather_into_tensor", FutureWarning)  # DeepSpeed's, in every step
-    deepspeed.utils.logger.setLevel("WARNING")
     transformers_logging.set_verbosity_error()
-    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+    join_deepspeed(device)
     folder = Path(config.run_dir).expanduser()
     same_everywhere(config)
     agree(lambda: deepspeed_config(config, world))

@@ -287,3 +287,11 @@ def _processes(words: str) -> list[int]:
         except OSError:  # it has just ended
             continue
     return found
+
+
+def test_a_lock_that_a_killed_build_left_does_not_hold_up_a_start(start):
+    from torch.utils.cpp_extension import _get_build_directory
+
+    Path(_get_build_directory("deepspeed_shm_comm", verbose=False), "lock").touch()
+    group, _ = start("stale lock", "evaluate.every=0", "until=substitution")
+    assert group.wait(100) == [0, 0]
