@@ -105,7 +105,7 @@ def diagnose(engine: Any, context: PenaltyContext, micro_batches: list[Batch], r
 
 def join_deepspeed(device: torch.device) -> None:
     """Let DeepSpeed use the process group. On a CPU it compiles an op then, behind a lock file that a killed process
-    leaves behind and everybody would wait for; so the ranks of a host take turns, and nobody holds it when it is removed.
+    leaves behind and everybody would wait for; so ranks of a host take turns, and nobody holds it when it is removed.
     """
     import deepspeed
 
