@@ -64,9 +64,8 @@ def accumulate(
             context.token_mask = data.token_mask
             loss = language_loss(engine(input_ids=data.input_ids, use_cache=False).logits, data.labels)
             loss_sum += loss.detach()
-            finite = torch.where(
-                loss.detach().isfinite(), 1.0, torch.nan
-            )  # an infinite loss can have a finite gradient
+            # an infinite loss can have a finite gradient, with which the step would be applied
+            finite = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
             engine.backward(loss * (world / labels) * finite, scale_wrt_gas=False)
             if not last:
                 engine.step()

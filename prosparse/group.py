@@ -153,10 +153,7 @@ def agree(function: Callable[[], T]) -> T:
         result = function()
     except (Exception, Stopped) as error:  # as above
         failure = _told(error)
-    failures = [failure]
-    if dist.is_initialized():
-        failures = [None] * dist.get_world_size()
-        dist.all_gather_object(failures, failure)
+    failures = gathered(failure)
     found = [(rank, *told) for rank, told in enumerate(failures) if told is not None]
     if found:
         kinds = {kind for _, kind, _ in found}

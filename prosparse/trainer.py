@@ -33,7 +33,6 @@ from prosparse.run import (
     free_engine,
     go_back,
     open_run,
-    read_back,
     start_model,
 )
 from prosparse.signals import Stopped, interruptible
@@ -66,7 +65,6 @@ def train(config: Train) -> dict:
         while not train_stages(run):
             rewind(run)
         if config.until not in (None, "shift"):
-            save(run)
             if run.tracker is not None:
                 run.tracker.finish({})
             run.say(f"stopped after stage {config.until}, as until={config.until} asks; without it the run goes on")
@@ -220,7 +218,7 @@ def evaluate(run: Run, name: str, model: PreTrainedModel | None = None) -> dict:
 def save(run: Run) -> None:
     """Write a checkpoint of the run's last step (all ranks call it); `commit` makes it visible.
 
-    At the end of what this start trains, and for a stage's end, it is committed at once.
+    That of a stage's end, with which a start may end too, is committed at once.
     """
     config, state, engine = run.config, run.state, run.engine
     began = time.perf_counter()
@@ -294,15 +292,15 @@ def rewind(run: Run) -> None:
     start_model(run)
     run.state = go_back(run)
     bad = {window for window in (spiked.window - 1, spiked.window) if window >= run.state.window}
-    run.state.dropped_windows = spiked.dropped_windows
-    run.state.tracking_id, run.saved_step = spiked.tracking_id, run.state.step
+    run.state.dropped_windows = sorted({*spiked.dropped_windows, *bad})
+    run.state.tracking_id = spiked.tracking_id
+    run.saved_step = run.evaluated_step = run.state.step  # what was due there was done before the step after it
+    run.rewinds += 1
     run.say(f"back to step {run.state.step}; windows {sorted(bad)} are left out")
-    if run.rank == 0:  # the row makes a later start leave them out too
-        Metrics(run.folder, run.state.step).append(
-            {"kind": "rewind", "step": run.state.step, "from_step": spiked.step, "windows": sorted(bad)}
-        )
+    if run.rank == 0:
         run.metrics = Metrics(run.folder, run.state.step)
-    read_back(run)
+    # A later start, too, leaves out the windows of these rows.
+    run.log({"kind": "rewind", "step": run.state.step, "from_step": spiked.step, "windows": sorted(bad)})
 
 
 def finish(run: Run) -> dict:
