@@ -12,7 +12,6 @@ if [ ! -x .venv/bin/python ]; then
         fi
     done
     [ -n "$python" ] || { echo "prosparse needs Python 3.11 or newer on PATH" >&2; exit 1; }
-    command -v c++ >/dev/null || { echo "DeepSpeed compiles a small op on first use: install a C++ compiler" >&2; exit 1; }
     # system-site-packages: a torch that a cluster's image brings (its own CUDA build) is used as it is
     options=()
     if "$python" -c 'import torch' 2>/dev/null; then options=(--system-site-packages); fi
@@ -27,7 +26,7 @@ if [ ! -e "$stamp" ]; then
     export PYTHONWARNINGS=ignore
     pip="python -m pip install --quiet --disable-pip-version-check"
     torch=$(sed -n 's/^torch==//p' launch/constraints.txt)
-    $pip --upgrade pip setuptools wheel ninja
+    $pip --upgrade pip setuptools wheel
     if ! python -c 'import torch' 2>/dev/null; then
         if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
             $pip "torch==$torch"

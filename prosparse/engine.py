@@ -4,11 +4,9 @@ In: a `Train` config, a model, micro-batches. Out: an engine whose gradient is t
 split over micro-batches and ranks.
 """
 
-import fcntl
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,22 +101,16 @@ def diagnose(engine: Any, context: PenaltyContext, micro_batches: list[Batch], r
 
 
 def join_deepspeed(device: torch.device) -> None:
-    """Let DeepSpeed use the process group. On a CPU it compiles an op then, behind a lock file that a killed process
-    leaves behind and everybody would wait for; so ranks of a host take turns, and nobody holds it when it is removed.
+    """Let DeepSpeed use the process group, without the op that it would compile for CPU ranks.
+
+    That op serves tensor-parallel inference only. Its build takes a minute behind a lock file that a killed process
+    leaves behind, and its start spins until all ranks of the host are there, deaf to signals.
     """
     import deepspeed
 
     deepspeed.utils.logger.setLevel("WARNING")
-    if device.type == "cuda":
-        deepspeed.init_distributed("nccl", verbose=False)
-        return
-    from torch.utils.cpp_extension import _get_build_directory
-
-    folder = Path(_get_build_directory("deepspeed_shm_comm", verbose=False))
-    with open(folder.with_name("prosparse.lock"), "w") as turn:
-        fcntl.flock(turn, fcntl.LOCK_EX)  # which the kernel frees when a process ends
-        (folder / "lock").unlink(missing_ok=True)
-        deepspeed.init_distributed("gloo", verbose=False)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
 
 
 def set_rate(engine: Any, rate: float, decay: float) -> None:

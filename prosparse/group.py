@@ -57,9 +57,6 @@ def start_group(
     if cuda and not torch.cuda.is_available():
         raise ValueError("device is cuda, but torch sees no GPU here: set device=cpu or install a CUDA build of torch")
     environment["DS_ACCELERATOR"] = "cuda" if cuda else "cpu"
-    bin_folder = str(Path(sys.executable).parent)  # DeepSpeed compiles an op with the ninja that lies beside python
-    if bin_folder not in environment["PATH"].split(os.pathsep):
-        environment["PATH"] = bin_folder + os.pathsep + environment["PATH"]
     torch.manual_seed(seed)
     if not cuda and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         # Keep freed tensors in the process: glibc would hand each back to the kernel and fault it in again next time.
