@@ -48,7 +48,8 @@ class TrainState:
     """The whole resumable state beside the engine's.
 
     step: optimizer steps applied; window: windows consumed (applied, skipped or dropped); tokens: of applied steps;
-    dropped_windows: those that a rewind leaves out; guard: what the spike guard remembers.
+    dropped_windows: those that a rewind leaves out; controller, guard: what the control of λ and the spike guard
+    remember.
     """
 
     step: int = 0
@@ -56,6 +57,7 @@ class TrainState:
     tokens: int = 0
     skipped: int = 0
     dropped_windows: list[int] = field(default_factory=list)
+    controller: dict[str, Any] = field(default_factory=dict)
     guard: dict[str, float] = field(default_factory=dict)
     tracking_id: str | None = None
 

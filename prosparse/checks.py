@@ -7,8 +7,11 @@ from math import isfinite
 from typing import Any
 
 from prosparse.config import (
+    L1,
     Activation,
+    Control,
     Guard,
+    L1Shape,
     Lr,
     LrSchedule,
     Measure,
@@ -61,6 +64,7 @@ def validate_recipe(recipe: Recipe) -> None:
             isfinite(stage.l1.factor) and stage.l1.factor >= 0,
             f"{key}.l1.factor is {stage.l1.factor}: give a finite number, 0 or larger",
         )
+        _validate_l1(recipe, name, stage.l1)
         for part in ("sequences", "context"):
             value = getattr(stage.batch, part)
             require(
@@ -118,6 +122,35 @@ def validate_recipe(recipe: Recipe) -> None:
     require(adamw.eps > 0, f"recipe.optimizer.eps is {adamw.eps}: give a positive number")
     require(adamw.weight_decay >= 0, f"recipe.optimizer.weight_decay is {adamw.weight_decay}: give 0 or larger")
     require(recipe.optimizer.clip > 0, f"recipe.optimizer.clip is {recipe.optimizer.clip}: give a positive norm")
+
+
+def _validate_l1(recipe: Recipe, name: str, l1: L1) -> None:
+    key, names = f"recipe.stages.{name}.l1", list(recipe.stages)
+    before = recipe.stages[names[names.index(name) - 1]].l1.shape if name != names[0] else None
+    target = l1.shape is L1Shape.target
+    require(
+        target == (l1.sparsity is not None),
+        f"{key}.sparsity is {l1.sparsity} and {key}.shape is {l1.shape}: a target stage has a sparsity, others do not",
+    )
+    require(
+        l1.sparsity is None or 0 < l1.sparsity < 1,
+        f"{key}.sparsity is {l1.sparsity}: give a share between 0 and 1, e.g. 0.89",
+    )
+    require(not target or l1.factor == 0, f"{key}.factor is {l1.factor}, but λ of a target stage is steered: remove it")
+    require(
+        before is not L1Shape.target or l1.shape not in (L1Shape.sine, L1Shape.linear),
+        f"{key}.shape is {l1.shape} right after a target stage, whose last λ nobody knows beforehand: choose constant "
+        "or target",
+    )
+    require(
+        not target or recipe.activation.name != "silu",
+        f"{key}.shape is target, but silu has no zeros: choose another recipe.activation",
+    )
+    require(
+        not target or recipe.control is not Control.constant_l1,
+        f"recipe.control=constant_l1 holds the recipe's largest λ, but that of {key} is steered: compare with "
+        "silu_continued or relu_only",
+    )
 
 
 def _validate_train(config: Train) -> None:

@@ -23,6 +23,7 @@ class L1Shape(StrEnum):
     constant = "constant"
     sine = "sine"
     linear = "linear"
+    target = "target"
 
 
 class LrSchedule(StrEnum):
@@ -89,6 +90,7 @@ class Activation:
 class L1:
     shape: L1Shape = L1Shape.constant
     factor: float = 0.0  # λ at the end of the stage, in the recipe's penalty unit
+    sparsity: float | None = None  # target only: what λ is steered to by the end of the stage
 
 
 @dataclass

@@ -110,6 +110,9 @@ def _training(rows: list[dict[str, Any]]) -> Figure:
     lines = (("loss", 1, BLUE), ("l1_factor", 1, GREEN), ("sparsity", 100, BLUE), ("lr", 1, GRAY))
     for axes, (key, scale, color) in zip(panels, lines, strict=True):
         axes.plot(_column(train, "step"), _column(train, key, scale), dot + "-", color=color, lw=1.3, label="training")
+        if key == "sparsity" and any(row.get("target") is not None for row in train):
+            axes.plot(_column(train, "step"), _column(train, "target", scale), "--", color=GRAY, lw=1.3)
+            axes.lines[-1].set_label("set-point")
         if held_out and key in ("loss", "sparsity"):
             axes.plot(_column(held_out, "step"), _column(held_out, key, scale), "D", color=VERMILION, ms=5)
             axes.lines[-1].set_label("held out")
@@ -117,7 +120,8 @@ def _training(rows: list[dict[str, Any]]) -> Figure:
     labels = ("loss (nats per token)", "L1 factor λ\n(unit of the recipe)", "sparsity (%)", "learning\nrate")
     for axes, label in zip(panels, labels, strict=True):
         axes.set_ylabel(label)
-    panels[0].legend(loc="upper right")
+    for axes, place in ((panels[0], "upper right"), (panels[2], "lower right")):
+        axes.legend(loc=place)
     panels[2].set_ylim(-3, 103)
     panels[3].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     panels[3].set_xlabel("step")

@@ -80,11 +80,13 @@ def l1_factor(recipe: Recipe, step: int) -> float:
     straight. Controls: 0 for silu_continued and relu_only; for constant_l1 the recipe's largest factor from the first
     step with λ > 0 on.
 
-    Raises ValueError if `step` lies outside the recipe.
+    Raises ValueError if `step` lies outside the recipe or in a target stage, whose λ is steered.
     """
     span = stage_at(recipe, step)
     if recipe.control in (Control.silu_continued, Control.relu_only):
         return 0.0
+    if span.stage.l1.shape is L1Shape.target:
+        raise ValueError(f"λ of stage {span.name} is steered, it is no function of the step")
     if recipe.control is Control.constant_l1:
         start = next((s.first for s in spans(recipe) if s.stage.l1.factor > 0), step + 1)
         return max(stage.l1.factor for stage in recipe.stages.values()) if step >= start else 0.0
@@ -94,7 +96,7 @@ def l1_factor(recipe: Recipe, step: int) -> float:
     previous = next((s.stage.l1.factor for s in spans(recipe) if s.last == span.first - 1), 0.0)
     share = (step - span.first + 1) / span.stage.steps
     if span.stage.l1.shape is L1Shape.sine:
-        share = 0.5 * (sin(-pi / 2 + pi * share) + 1)
+        share = _half_sine(share)
     return previous + share * (goal - previous)
 
 
@@ -104,12 +106,34 @@ def l1_factor_mean(recipe: Recipe, step: int, neurons: int) -> float:
     `sum_1e8` factors weigh 1e-8 · Σ|x1| over the m sequences of a micro-batch, so λ_mean = λ · 1e-8 · m · context ·
     neurons, with m = recipe.penalty.micro_batch_sequences.
     """
-    factor, penalty = l1_factor(recipe, step), recipe.penalty
+    return l1_factor(recipe, step) * l1_unit(recipe, step, neurons)
+
+
+def l1_unit(recipe: Recipe, step: int, neurons: int) -> float:
+    """λ_mean of λ = 1 in the recipe's own unit at `step`."""
+    penalty = recipe.penalty
     if penalty.unit is PenaltyUnit.mean:
-        return factor
+        return 1.0
     assert penalty.micro_batch_sequences is not None
-    context = batch_at(recipe, step)[1]
-    return factor * 1e-8 * penalty.micro_batch_sequences * context * neurons
+    return 1e-8 * penalty.micro_batch_sequences * batch_at(recipe, step)[1] * neurons
+
+
+def steered(recipe: Recipe, step: int) -> str | None:
+    """The first of the target stages in a row that `step` lies in; None where λ is a function of the step."""
+    span = stage_at(recipe, step)
+    if recipe.control in (Control.silu_continued, Control.relu_only) or span.stage.l1.shape is not L1Shape.target:
+        return None
+    return steered(recipe, span.first - 1) or span.name if span.first > 1 else span.name
+
+
+def set_point(recipe: Recipe, step: int, began: float) -> float:
+    """The sparsity that a target stage asks of `step`: along half a sine period from the previous target stage's, or
+    from `began`, what it was before the first step, to its own."""
+    span = stage_at(recipe, step)
+    previous = next((s.stage.l1.sparsity for s in spans(recipe) if s.last == span.first - 1), None)
+    start, goal = began if previous is None else previous, span.stage.l1.sparsity
+    assert goal is not None
+    return start + _half_sine((step - span.first + 1) / span.stage.steps) * (goal - start)
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -204,7 +228,7 @@ def history(recipe: Recipe, step: int) -> list[dict]:
                 "stage": span.name,
                 "steps": last - span.first + 1,
                 "activation": list(activation(recipe) or ("own", 0.0)),
-                "l1_factor": [l1_factor(recipe, n) for n in sorted({span.first, (span.first + last) // 2, last})],
+                "l1_factor": _factors(recipe, span, last),
                 "unit": [str(recipe.penalty.unit), recipe.penalty.micro_batch_sequences],
                 "sequences": sequences,
                 "context": context,
@@ -214,6 +238,16 @@ def history(recipe: Recipe, step: int) -> list[dict]:
             }
         )
     return result
+
+
+def _factors(recipe: Recipe, span: Span, last: int) -> list[Any]:
+    if steered(recipe, span.first):
+        return ["steered to a sparsity of", span.stage.l1.sparsity, "by step", span.last]
+    return [l1_factor(recipe, n) for n in sorted({span.first, (span.first + last) // 2, last})]
+
+
+def _half_sine(share: float) -> float:
+    return 0.5 * (sin(-pi / 2 + pi * share) + 1)
 
 
 def accumulation(sequences: int, micro_batch: int, ranks: int) -> int:

@@ -90,6 +90,17 @@ def forget_moments(engine: Any) -> None:
     set_adam_steps(engine, 0.0)
 
 
+def copies(piece: Piece) -> dict[str, Tensor]:
+    """A piece's states in host memory."""
+    return {state: tensor.detach().to("cpu", copy=True) for state, tensor in piece.states.items()}
+
+
+def put_back(piece: Piece, states: dict[str, Tensor]) -> None:
+    """Fill a piece with its `copies`; `refresh` has to follow."""
+    for state, tensor in piece.states.items():
+        tensor.copy_(states[state])
+
+
 def refresh(engine: Any) -> None:
     """Copy the master weights into the module's own, as DeepSpeed does after a step (all ranks call it)."""
     optimizer = engine.optimizer

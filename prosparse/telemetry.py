@@ -167,12 +167,15 @@ def header(
     passes: dict[tuple[int, str], float] = {}
     weights = {name: source.weight for name, source in config.data.sources.items()}
     for span in schedule.spans(recipe):
-        factors = [schedule.l1_factor(recipe, end) for end in (span.first, span.last)]
         rates = [schedule.learning_rate(recipe, end) for end in (span.first, span.last)]
-        mean = schedule.l1_factor_mean(recipe, span.last, width)
+        if schedule.steered(recipe, span.first):
+            factors = f"steered to a sparsity of {100 * (span.stage.l1.sparsity or 0):.4g} %"
+        else:
+            first, last = (schedule.l1_factor(recipe, end) for end in (span.first, span.last))
+            mean = schedule.l1_factor_mean(recipe, span.last, width)
+            factors = f"{first:.4g} -> {last:.4g} ({mean:.4g} x mean |x1|)"
         lines.append(
-            f"stage    {span.name:<13} steps {span.first}-{span.last}  λ {factors[0]:.4g} -> {factors[1]:.4g} "
-            f"({mean:.4g} x mean |x1|)  lr {rates[0]:.2g} -> {rates[1]:.2g}"
+            f"stage    {span.name:<13} steps {span.first}-{span.last}  λ {factors}  lr {rates[0]:.2g} -> {rates[1]:.2g}"
         )
         sequences, context = schedule.batch_at(recipe, span.first)
         used = epochs(prepared[context].train, span.stage.data or weights, span.stage.steps * sequences)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from prosparse import checkpoint, guard, schedule, shards
+from prosparse import checkpoint, controller, guard, schedule, shards
 from prosparse.config import OnSpike, Train
 from prosparse.data import batch
 from prosparse.engine import accumulate, diagnose, less_memory, out_of_memory, set_rate
@@ -117,10 +117,12 @@ def train_stages(run: Run) -> bool:
 
         # --- the window: which rows, split into this rank's micro-batches ---------------------------------------------
         first, sequences = schedule.window_rows(recipe, step, state.window)
-        starts = range(first + run.rank * config.micro_batch, first + sequences, config.micro_batch * run.world)
-        numbers = [range(i, i + config.micro_batch) for i in starts]
+        numbers = share_of(run, first, sequences)
         rows = [batch(run.rows(step), indices).to(run.device) for indices in numbers]
-        factor = schedule.l1_factor_mean(recipe, step, width)
+        chain, goal = schedule.steered(recipe, step), None
+        if chain is not None and state.controller.get("stage") != chain:
+            state.controller = start_steering(run, context, chain)
+        factor = controller.factor(state.controller) if chain else schedule.l1_factor_mean(recipe, step, width)
         try:
             window = accumulate(run.engine, context, rows, factor, run.poll)
             if config.guard.on_spike is not OnSpike.none:
@@ -163,6 +165,10 @@ def train_stages(run: Run) -> bool:
         seconds = time.perf_counter() - began
         eta.update(seconds)
         by_layer, magnitude = sparsity_by_layer(window.statistics), mean_abs_by_layer(window.statistics)
+        sparsity = sum(by_layer) / layers
+        if chain is not None:
+            goal = schedule.set_point(recipe, step, state.controller["from"])
+            controller.observe(state.controller, sparsity, goal, span.stage.steps)
         norm, speed = run.engine.get_global_grad_norm(), window.tokens / seconds
         row = {
             "kind": "train",
@@ -172,9 +178,10 @@ def train_stages(run: Run) -> bool:
             "tokens": state.tokens,
             "loss": window.loss,
             "l1": factor * sum(magnitude),
-            "l1_factor": schedule.l1_factor(recipe, step),
+            "l1_factor": factor / schedule.l1_unit(recipe, step, width) if chain else schedule.l1_factor(recipe, step),
             "l1_factor_mean": factor,
-            "sparsity": sum(by_layer) / layers,
+            "sparsity": sparsity,
+            "target": goal,
             "sparsity_by_layer": by_layer,
             "mean_abs_by_layer": magnitude,
             "lr": rate,
@@ -197,6 +204,62 @@ def train_stages(run: Run) -> bool:
 
 
 # --- the phases around the loop ---------------------------------------------------------------------------------------
+
+
+def share_of(run: Run, first: int, sequences: int) -> list[range]:
+    """This rank's micro-batches of the rows first .. first + sequences - 1, as row numbers."""
+    size = run.config.micro_batch
+    return [range(i, i + size) for i in range(first + run.rank * size, first + sequences, size * run.world)]
+
+
+def start_steering(run: Run, context: PenaltyContext, chain: str) -> dict:
+    """What the control of λ remembers before the first step of a target stage (all ranks call it).
+
+    Its first λ is the one with which sparsity would rise as fast as the set-point does on average: from a sweep of a
+    few steps with each of some λ, all with the same rows, every one of which is taken back. The state of the engine
+    lies in host memory meanwhile.
+    """
+    recipe, state, engine = run.config.recipe, run.state, run.engine
+    span, width = schedule.stage_at(recipe, state.step + 1), neurons(run.base_config)
+    steps = min(controller.SWEEP_STEPS, span.stage.steps)
+    kept, adam_steps = [shards.copies(piece) for piece in shards.pieces(engine)], shards.adam_steps(engine)
+
+    def sparsity(ahead: int) -> float:
+        """On the rows of the window so many steps ahead, which none of the steps before it has read."""
+        first, sequences = schedule.window_rows(recipe, state.step + 1, state.window + ahead)
+        rows, size = run.rows(state.step + 1), run.config.micro_batch
+        indices = range(first, first + sequences)
+        return measure(engine.module, rows, batch=size, indices=indices, progress=run.poll).sparsity
+
+    def after(factor: float) -> float:
+        try:
+            for ahead in range(steps):
+                first, sequences = schedule.window_rows(recipe, state.step + 1, state.window + ahead)
+                data = [batch(run.rows(state.step + 1), n).to(run.device) for n in share_of(run, first, sequences)]
+                accumulate(engine, context, data, factor, run.poll)
+                rate = schedule.learning_rate(recipe, state.step + 1 + ahead)
+                set_rate(engine, rate, schedule.weight_decay(recipe, state.step + 1))
+                engine.step()
+            return sparsity(steps)
+        finally:
+            for piece, copies in zip(shards.pieces(engine), kept, strict=True):
+                shards.put_back(piece, copies)
+            shards.set_adam_steps(engine, adam_steps)
+            shards.refresh(engine)
+
+    before, goal = sparsity(steps), span.stage.l1.sparsity
+    assert goal is not None
+    needed, probes = (goal - before) * steps / span.stage.steps, []
+    for factor in controller.SWEEP:
+        probes.append((factor, after(factor)))
+        run.say(f"sweep    λ {factor:<8.4g} sparsity {before:.2%} -> {probes[-1][1]:.2%} in {steps} steps, taken back")
+        if len(probes) > 1 and probes[-1][1] - before >= needed:
+            break
+    chosen, slope = controller.estimate(before, probes, needed)
+    unit = schedule.l1_unit(recipe, state.step + 1, width)
+    run.say(f"sweep    {needed:+.2%} wanted: steering starts at λ {chosen / unit:.4g} ({chosen:.4g} x mean |x1|)")
+    run.log({"kind": "sweep", "step": state.step + 1, "before": before, "probes": probes, "l1_factor_mean": chosen})
+    return controller.begin(chain, before, chosen, slope)
 
 
 def evaluate(run: Run, name: str, model: PreTrainedModel | None = None) -> dict:

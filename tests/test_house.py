@@ -8,7 +8,7 @@ from conftest import ROOT
 
 FLOORS = [
     {"activations", "config", "checks", "signals", "group"},
-    {"schedule", "penalty", "shards", "guard", "checkpoint"},
+    {"schedule", "penalty", "shards", "guard", "controller", "checkpoint"},
     {"ffn"},
     {"models", "data"},
     {"sparsity"},

@@ -1,0 +1,49 @@
+"""A target stage: λ is steered until sparsity is what was asked for, and goes on so after a stop."""
+
+import json
+
+import pytest
+from conftest import metrics, tiny_overrides, trained
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def go(nursery, tiny, tmp_path_factory):
+    """go(name, *overrides): one start of the run of that name, with 2 ranks."""
+    root = tmp_path_factory.mktemp("target")
+    recipe = ["recipe=target", "recipe.stages.substitution.steps=3", "recipe.stages.rise.steps=40"]
+    recipe += ["recipe.stages.hold.steps=40", "recipe.batch.context=32", "recipe.lr.peak=2e-3"]
+    recipe += ["recipe.stages.rise.l1.sparsity=0.65", "recipe.stages.hold.l1.sparsity=0.65", "save.every=10"]
+
+    def start(name: str, *overrides: str):
+        kept = [o for o in tiny_overrides(tiny, root / name) if not o.startswith(("recipe.", "save."))]
+        group = nursery.run([*kept, *recipe, "evaluate.every=0", *overrides], log=root / f"{name}.log")
+        assert group.codes == [0, 0], group.text()[-4000:]
+        return root / name
+
+    return start
+
+
+def test_sparsity_ends_where_it_was_asked_to(go):
+    run = go("whole")
+    rows = [row for row in metrics(run) if row["kind"] == "train"]
+    (sweep,) = [row for row in metrics(run) if row["kind"] == "sweep"]
+    assert [row["target"] for row in rows[:3]] == [None] * 3 and rows[3]["l1_factor"] == sweep["l1_factor_mean"]
+    goals = [row["target"] for row in rows[3:]]
+    assert goals == sorted(goals) and goals[0] < sweep["before"] + 0.01 and goals[39:] == pytest.approx([0.65] * 41)
+    assert sum(row["sparsity"] for row in rows[-10:]) / 10 == pytest.approx(0.65, abs=0.015)
+    assert len({row["l1_factor"] for row in rows[3:]}) == 80
+    report = json.loads((run / "report" / "report.json").read_text())
+    assert report["models"]["trained"]["sparsity"] == pytest.approx(0.65, abs=0.02)
+
+
+@pytest.mark.parametrize("zero", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_a_steered_run_that_was_stopped_is_bit_equal_and_its_sweep_leaves_no_trace(go, zero):
+    whole = go("whole" if zero == "zero2" else f"whole {zero}", f"zero={zero}", "evaluate.rows=4")
+    parts = go(f"parts {zero}", f"zero={zero}", "until=substitution")
+    go(f"parts {zero}", f"zero={zero}", "until=rise")
+    go(f"parts {zero}", f"zero={zero}")
+    assert trained(parts) == trained(whole)
+    kinds = [row["kind"] for row in metrics(parts)]
+    assert kinds.count("sweep") == 1
