@@ -136,7 +136,9 @@ def _validate_l1(recipe: Recipe, name: str, l1: L1) -> None:
         l1.sparsity is None or 0 < l1.sparsity < 1,
         f"{key}.sparsity is {l1.sparsity}: give a share between 0 and 1, e.g. 0.89",
     )
-    require(not target or l1.factor == 0, f"{key}.factor is {l1.factor}, but λ of a target stage is steered: remove it")
+    require(
+        not target or l1.factor == 0, f"{key}.factor is {l1.factor}, but λ of a target stage is steered: set it to 0"
+    )
     require(
         before is not L1Shape.target or l1.shape not in (L1Shape.sine, L1Shape.linear),
         f"{key}.shape is {l1.shape} right after a target stage, whose last λ nobody knows beforehand: choose constant "

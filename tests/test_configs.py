@@ -36,7 +36,11 @@ def test_every_experiment_composes(verb, experiment):
     + [("stage@recipe.stages.rise", c) for c in choices("stage")],
 )
 def test_every_choice_of_every_group_composes(group, choice):
-    needed = {"hf": ["model.source=x"], "files": ["data.sources.files.path=x"]}.get(choice, [])
+    needed = {
+        "hf": ["model.source=x"],
+        "files": ["data.sources.files.path=x"],
+        "target": ["recipe.stages.rise.l1.sparsity=0.8", "recipe.stages.rise.l1.factor=0"] * group.startswith("stage"),
+    }.get(choice, [])
     compose("train", ["run_dir=x", f"{group}={choice}", *needed])
 
 
@@ -70,6 +74,11 @@ BAD = [
     ("recipe.penalty.unit=sum_1e8", "recipe.penalty.micro_batch_sequences"),
     ("recipe.shift.threshold=0.1", "recipe.shift.threshold and recipe.shift.budget"),
     ("recipe.activation.threshold=0.1", "recipe.activation.threshold"),
+    ("recipe.stages.rise.l1.sparsity=0.8", "recipe.stages.rise.l1.sparsity is 0.8 and recipe.stages.rise.l1.shape"),
+    (
+        "stage@recipe.stages.rise=target",
+        "recipe.stages.rise.l1.sparsity is None and recipe.stages.rise.l1.shape is target",
+    ),
     ("recipe.stages.rise.lr.peak=-1", "recipe.stages.rise.lr.peak is -1"),
     ("recipe.stages.rise.lr.schedule=wsd", "recipe.stages.rise.lr.decay_steps"),
     ("recipe.stages.rise.weight_decay=-1", "recipe.stages.rise.weight_decay"),

@@ -187,6 +187,36 @@ def test_a_scaled_recipe_keeps_its_shape(name):
     assert small.lr.peak == whole.lr.peak and schedule.scaled(small) == small
 
 
+def test_the_set_point_of_target_stages_follows_a_sine_and_holds():
+    r = recipe("recipe=target")
+    assert schedule.steered(r, 45) is None and {schedule.steered(r, step) for step in (46, 125, 126, 185)} == {"rise"}
+    points = [schedule.set_point(r, step, 0.65) for step in range(46, 186)]
+    assert points == sorted(points) and points[39] == pytest.approx(0.7) and points[79:] == pytest.approx([0.75] * 61)
+    assert points[0] - 0.65 < 1e-4
+    with pytest.raises(ValueError, match="stage rise is steered"):
+        schedule.l1_factor(r, 46)
+    control = recipe("recipe=target", "recipe.control=silu_continued")
+    assert schedule.steered(control, 100) is None and schedule.l1_factor(control, 100) == 0
+    assert schedule.history(r, 100)[1]["l1_factor"][1] == 0.75
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["recipe.stages.rise.l1.factor=0.1"], "λ of a target stage is steered: set it to 0"),
+        (["recipe.stages.rise.l1.sparsity=1.5"], "give a share between 0 and 1"),
+        (["stage@recipe.stages.hold=sine", "recipe.stages.hold.l1.sparsity=null"], "right after a target stage"),
+        (["stage@recipe.stages.hold=linear", "recipe.stages.hold.l1.sparsity=null"], "right after a target stage"),
+        (["activation@recipe.activation=silu"], "silu has no zeros"),
+        (["recipe.control=constant_l1"], "recipe.control=constant_l1"),
+    ],
+)
+def test_what_a_target_stage_cannot_be(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        recipe("recipe=target", *overrides)
+    recipe("recipe=target", "stage@recipe.stages.hold=constant", "recipe.stages.hold.l1.sparsity=null")
+
+
 def test_a_token_budget_is_shared_by_all_stages():
     small = schedule.scaled(recipe("recipe=drelu_progressive", "recipe.scale.tokens=5e9"))
     assert schedule.total_tokens(small) == pytest.approx(5e9, rel=1e-3)
