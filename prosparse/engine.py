@@ -60,7 +60,7 @@ def accumulate(
             last = number == len(micro_batches) - 1
             engine.set_gradient_accumulation_boundary(last)
             context.token_mask = data.token_mask
-            loss = language_loss(engine(input_ids=data.input_ids, use_cache=False).logits, data.labels)
+            loss = language_loss(engine(**data.inputs(), use_cache=False).logits, data.labels)
             loss_sum += loss.detach()
             # an infinite loss can have a finite gradient, with which the step would be applied
             finite = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
