@@ -160,6 +160,8 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 def _require_row(splits: list[dict[str, int]], where: str, context: str) -> None:
     if sum(split["rows"] for split in splits) == 0:
         has = " and ".join(f"{sum(split[count] for split in splits)} {count}" for count in ("documents", "tokens"))
+        if any(split.get("left_out_documents") for split in splits):
+            raise ValueError(f"{where}: {has} fill no row: no answer begins so early: raise {context}")
         raise ValueError(f"{where}: {has} fill no row: give more text or lower {context}")
 
 
@@ -239,7 +241,7 @@ def _tokenise(
         document, why = error.args
         row = next(number for number, text in enumerate(documents(source, key), 1) if text == document)
         raise ValueError(
-            f"{key}: row {row} of {source.path} {why}: mend the row, or set data.template=chatml"
+            f"{key}: row {row} of {source.path} {why}: set data.template=chatml, or mend the row"
         ) from error
     return made.with_format("numpy", dtype=np.int32)
 

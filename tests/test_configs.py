@@ -36,7 +36,8 @@ def test_every_experiment_composes(verb, experiment):
     + [("stage@recipe.stages.rise", c) for c in choices("stage")],
 )
 def test_every_choice_of_every_group_composes(group, choice):
-    needed = {"hf": ["model.source=x"], "files": ["data.sources.files.path=x"]}.get(choice, [])
+    by_choice = {"hf": ["model.source=x"], "files": ["data.sources.files.path=x"], "prosparse_1b": ["data=minicpm"]}
+    needed = by_choice.get(choice, [])
     compose("train", ["run_dir=x", f"{group}={choice}", *needed])
 
 
@@ -77,6 +78,9 @@ BAD = [
     ("attention=foo", "attention is foo"),
     ("data.held_out=0", "data.held_out"),
     ("data.sources.stdlib.weight=0", "data.sources.stdlib.weight"),
+    ("data.sources.stdlib.prompt=q", "data.sources.stdlib.prompt and .answer belong together"),
+    ("data.sources.stdlib={path: x, messages: m, prompt: q, answer: a}", "data.sources.stdlib.messages and .prompt"),
+    ("data.template=llama", "data.template"),
     ("+recipe.stages.rise.data.wiki=1", "recipe.stages.rise.data.wiki: no such source"),
 ]
 
