@@ -134,10 +134,10 @@ def _open_claimed(config: Train, folder: Path, rank: int, world: int, device: to
     prepared = agree(lambda: {length: open_prepared(parts) for length, parts in folders.items()})
     run = Run(config, folder, rank, world, device, tokenizer, prepared, Saver(folder, config.save), lock)
     substitution = start_model(run)
-    if any(map(chat.is_chat, config.data.sources.values())):
-        check_packing(run.engine.module, config)
     run.identity = identity(run)
     run.state = resume(run)
+    if any(map(chat.is_chat, config.data.sources.values())):
+        check_packing(run.engine.module, config)  # under ZeRO-3 no weights can be restored after a forward pass
     run.saved_step = run.state.step
     from_rank_zero(lambda: _check_disk(run))
 

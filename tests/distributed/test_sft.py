@@ -54,7 +54,7 @@ def test_a_run_stopped_before_and_within_the_stage_is_bit_equal(go, kind):
     if whole != "whole":
         go(whole, kind, "until=hold")
     go(name, kind, "until=rise")
-    go(name, kind, "until=hold", code=1, fail=2)  # in the second window of the stage, after a checkpoint of the first
+    go(name, kind, "until=hold", code=1, fail=3)  # in the third window of the stage, after the checkpoint of step 8
     assert "goes on after step 8 of 10" in go(name, kind, "until=hold")
     assert_bit_equal(go.root / name, go.root / whole)
 
