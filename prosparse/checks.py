@@ -159,11 +159,20 @@ def _validate_train(config: Train) -> None:
     sources = config.data.sources
     require(len(sources) > 0, "data.sources is empty: name at least one text source")
     _validate_weights({name: source.weight for name, source in sources.items()}, "data.sources", ".weight")
+    for name, source in sources.items():
+        require(
+            (source.prompt is None) == (source.answer is None),
+            f"data.sources.{name}.prompt and .answer belong together: give both columns, or neither",
+        )
+        require(
+            source.messages is None or source.prompt is None,
+            f"data.sources.{name}.messages and .prompt are both given: keep messages, or prompt and answer",
+        )
     for name, stage in config.recipe.stages.items():
-        for source in stage.data:
+        for wanted in stage.data:
             require(
-                source in sources,
-                f"recipe.stages.{name}.data.{source}: no such source; data.sources has {', '.join(sources)}",
+                wanted in sources,
+                f"recipe.stages.{name}.data.{wanted}: no such source; data.sources has {', '.join(sources)}",
             )
     require(0 < config.data.held_out < 1, f"data.held_out is {config.data.held_out}: give a share between 0 and 1")
     require(config.data.processes >= 1, f"data.processes is {config.data.processes}: give at least 1")

@@ -60,6 +60,12 @@ class Bos(StrEnum):
     none = "none"
 
 
+class Template(StrEnum):
+    auto = "auto"
+    chatml = "chatml"
+    minicpm = "minicpm"
+
+
 class Wandb(StrEnum):
     disabled = "disabled"
     offline = "offline"
@@ -211,13 +217,16 @@ class Model:
 
 @dataclass
 class Source:
-    """One text source of a mixture."""
+    """One source of a mixture: text, or conversations if `messages` or `prompt` and `answer` are given."""
 
     path: str = MISSING  # `stdlib`, a file, a folder, or hub://NAME
     weight: float = 1.0
     config: str | None = None  # Hub data sets: configuration name
     split: str = "train"  # Hub data sets: split
     column: str = "text"  # .jsonl, .parquet and Hub data sets: the column that holds a document
+    messages: str | None = None  # chat: the column that holds [{role, content}, ...]
+    prompt: str | None = None  # chat: the column that holds what is asked
+    answer: str | None = None  # chat: the column that holds the answer to it
 
 
 @dataclass
@@ -225,6 +234,7 @@ class Data:
     sources: dict[str, Source] = field(default_factory=dict)
     held_out: float = 0.02  # share of documents kept out of training, chosen by the document's own text
     bos: Bos = Bos.auto  # auto: BOS before every document if the tokenizer has one
+    template: Template = Template.auto  # of chat sources; auto: the tokenizer's own
     tokenizer: str | None = None  # null: the model's
     cache: str = "~/.cache/prosparse/data"
     processes: int = 1

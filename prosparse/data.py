@@ -1,177 +1,62 @@
-"""From text to token rows, and from token rows to the batches of a training.
+"""From documents to token rows, and from token rows to the batches of a training.
 
-In: text sources (the named text, files, folders, Hub data sets) and a tokenizer.
+In: text and chat sources (the named text, files, folders, Hub data sets) and a tokenizer.
 Out: rows of exactly `context` token ids in memory-mapped Arrow files, their mixture by index, and batches of it.
 
 Documents are split into training and held-out ones by the hash of their own text, tokenised, and packed one after the
-other: [BOS] document EOS [BOS] document EOS ... Packing starts anew at fixed units of documents in source order, so
-rows and digests do not depend on the number of processes. One source at one context length is one folder in the cache:
+other: [BOS] document EOS [BOS] document EOS ... (conversations whole, with labels and positions: chat.py). Packing
+starts anew at fixed units of documents in source order, so rows and digests do not depend on the number of processes.
+One source at one context length is one folder in the cache:
 
     CACHE/FINGERPRINT/  train.arrow, held_out.arrow, manifest.json (counts and digests of both)
 """
 
-import hashlib
-import io
 import json
 import logging
 import os
 import sys
-import sysconfig
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc_data.topics import topics
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import xxhash
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from prosparse import chat
 from prosparse.config import Bos, Data, Source
+from prosparse.sources import documents, hashed, identity
 
 FORMAT = 1  # of the rows
 UNIT_CHARACTERS = 2**20  # documents are tokenised in units; the document that reaches this length ends one
 UNIT_CONTEXT = 2048  # up to this context units are packed one by one, at n times this context n together
 SPLITS = ("train", "held_out")
-TEXT_ENDINGS = tuple(f".{name}" for name in "txt md rst tex html py c h cc cpp cu go java js ts rb rs sh sql".split())  # noqa: SIM905
-ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", *TEXT_ENDINGS)
 Control = tuple[list[int], int]  # token ids: what goes before a document ([BOS] or nothing), and EOS
-
-
-# --- documents --------------------------------------------------------------------------------------------------------
-
-
-def documents(source: Source, key: str = "text") -> Iterator[str]:
-    """The documents of a source in a fixed order, one at a time.
-
-    A text file is one document; in .jsonl, .parquet and Hub data sets it is a row's `source.column` (null: an empty
-    document). A folder is read recursively, sorted by relative path, without hidden files and folders. Text files that
-    are not UTF-8 are skipped, which is said on stderr.
-
-    Raises ValueError, with `key` as the name of the config key, for a path that does not exist or holds nothing
-    readable, and for a missing column.
-    """
-    if source.path in NAMED_TEXTS:
-        yield from NAMED_TEXTS[source.path]()
-    elif source.path.startswith("hub://"):
-        yield from _texts(_load_hub(source, key), source.column, f"{key}: {source.path}")
-    else:
-        skipped = []
-        for path in _files(source.path, key):
-            if not path.name.lower().endswith(TEXT_ENDINGS):
-                where = f"{key}: {path}"
-                yield from _texts(_table(path, source.column, where), source.column, where)
-                continue
-            try:
-                yield path.read_text(encoding="utf-8-sig")
-            except UnicodeDecodeError:
-                skipped.append(path)
-        if skipped:
-            print(f"{key}: skipped {len(skipped)} files that are not UTF-8, first {skipped[0]}", file=sys.stderr)
-
-
-def is_held_out(text: str, share: float) -> bool:
-    """Whether a document belongs to the held-out `share` (0 to 1): decided by its own text, so alike everywhere."""
-    return xxhash.xxh3_64_intdigest(text.encode()) < share * 2**64
-
-
-def _stdlib() -> Iterator[str]:
-    """The sources of the running Python's standard library without its tests, then the topics of its help()."""
-    left_out = ("site-packages", "dist-packages", "pydoc_data", "test", "tests", "idle_test")
-    for path in _walk(Path(sysconfig.get_path("stdlib")), (".py",), left_out):
-        yield path.read_text(encoding="utf-8-sig")
-    yield from (topics[name] for name in sorted(topics))
-
-
-NAMED_TEXTS: dict[str, Callable[[], Iterator[str]]] = {"stdlib": _stdlib}
-
-
-def _walk(root: Path, endings: tuple[str, ...], left_out: tuple[str, ...] = ()) -> list[Path]:
-    found = []
-    for folder, below, names in os.walk(root):
-        below[:] = [name for name in below if not name.startswith(".") and name not in left_out]
-        found += [Path(folder, name) for name in names if name.lower().endswith(endings) and not name.startswith(".")]
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
-
-
-def _files(path: str, key: str) -> list[Path]:
-    root = Path(path).expanduser()
-    if not root.exists():
-        raise ValueError(f"{key}: {path} does not exist: give {', '.join(NAMED_TEXTS)}, a file, a folder or hub://NAME")
-    files = _walk(root, ENDINGS) if root.is_dir() else [root] * root.name.lower().endswith(ENDINGS)
-    if not files:
-        raise ValueError(f"{key}: {path} holds nothing that is read: give files that end in {' '.join(ENDINGS)}")
-    return files
-
-
-def _table(path: Path, column: str, where: str) -> Iterator[Any]:
-    """The rows of a .parquet or .jsonl file as dicts; of .parquet only `column`, if there is such a one."""
-    if path.name.lower().endswith(".parquet"):
-        with pq.ParquetFile(path) as file:
-            columns = [column] if column in file.schema_arrow.names else None
-            for rows in file.iter_batches(batch_size=1024, columns=columns):
-                yield from rows.to_pylist()
-        return
-    with pa.input_stream(str(path)) as stream:  # decompresses by the file's ending
-        for number, line in enumerate(io.BufferedReader(stream), 1):
-            try:
-                if line.strip():
-                    yield json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{where} line {number} is not JSON: {error}") from error
-
-
-def _load_hub(source: Source, key: str) -> datasets.Dataset:
-    try:
-        rows = datasets.load_dataset(source.path.removeprefix("hub://"), source.config, split=source.split)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{key}: {source.path} cannot be loaded, mind its config and split: {error}") from error
-    return rows.select_columns([source.column]) if source.column in rows.column_names else rows
-
-
-def _texts(rows: Iterable[Any], column: str, where: str) -> Iterator[str]:
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or column not in row:
-            has = ", ".join(row) if isinstance(row, dict) else "none"
-            raise ValueError(f"{where}: row {number} has no column {column!r}: set `column` to one that it has ({has})")
-        text = "" if row[column] is None else row[column]
-        if not isinstance(text, str):
-            raise ValueError(f"{where}: row {number} has no text in {column!r} but {text!r:.40}: set another `column`")
-        yield text.encode("utf-8", "replace").decode()  # JSON may hold half of a surrogate pair
-
-
-def _identity(source: Source, key: str) -> list[Any]:
-    """What stands for a source in a fingerprint: the content of all that is read, wherever it lies."""
-    if source.path in NAMED_TEXTS:
-        return [_hash(list(map(_hash, documents(source, key))))]
-    if source.path.startswith("hub://"):
-        return [source.path, source.column, _load_hub(source, key)._fingerprint]
-    root = Path(source.path).expanduser()
-    identity: list[Any] = [source.column]
-    for path in _files(source.path, key):
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
-        identity.append([path.relative_to(root).as_posix(), digest])
-    return identity
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
 class Rows:
-    """Token rows in memory-mapped Arrow files, one file after the other: `rows[i]` is int32 `[context]`, read-only."""
+    """Token rows in memory-mapped Arrow files, one file after the other.
+
+    `rows[i]` is int32 `[context]`, read-only, of a chat source `[3, context]`: ids, labels, positions (-1: padding).
+    """
 
     def __init__(self, files: Sequence[Path]):
-        columns = (batch.column(0) for path in files for batch in pa.ipc.open_stream(pa.memory_map(str(path))))
-        self.blocks = [column.flatten().to_numpy().reshape(-1, column.type.list_size) for column in columns]
-        self.ends = np.cumsum([len(block) for block in self.blocks], dtype=np.int64).tolist()
+        batches = (batch for path in files for batch in pa.ipc.open_stream(pa.memory_map(str(path))))
+        self.blocks = [
+            [column.flatten().to_numpy().reshape(-1, column.type.list_size) for column in batch.columns]
+            for batch in batches
+        ]
+        self.ends = np.cumsum([len(block[0]) for block in self.blocks], dtype=np.int64).tolist()
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
@@ -180,7 +65,8 @@ class Rows:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         block = bisect_right(self.ends, index)
-        return self.blocks[block][index - self.ends[block]]
+        columns = [column[index - self.ends[block]] for column in self.blocks[block]]
+        return columns[0] if len(columns) == 1 else np.stack(columns)
 
 
 @dataclass(frozen=True)
@@ -188,7 +74,8 @@ class Prepared:
     """The rows of every source at one context length (tokens).
 
     `held_out` joins the held-out rows of all sources, in their order. `folders` are what `open_prepared` takes.
-    `manifests[name]["train" | "held_out"]` has `documents`, `tokens`, `rows`, `dropped_tokens`, `largest_id`, `digest`.
+    `manifests[name]["train" | "held_out"]` has `documents`, `tokens`, `rows`, `dropped_tokens`, `largest_id`, `digest`;
+    of a chat source `labeled_tokens` and `left_out_documents` too.
     """
 
     context: int
@@ -209,7 +96,8 @@ def prepare(
     prepare the same data at the same time.
 
     Raises ValueError for a source that cannot be read or is shorter than a row, for no held-out row, for a tokenizer
-    without EOS, and for a token id that a model of `vocab_size` tokens does not have.
+    without EOS or, where a chat source needs it, chat template, for a conversation that the template refuses, and for a
+    token id that a model of `vocab_size` tokens does not have.
     """
     control = _control(tokenizer, data.bos)
     made = {
@@ -242,8 +130,8 @@ def open_prepared(folders: Mapping[str, Path]) -> Prepared:
         context=next(iter(manifests.values()))["context"],
         train={name: Rows([folder / "train.arrow"]) for name, folder in folders.items()},
         held_out=Rows([folder / "held_out.arrow" for folder in folders.values()]),
-        fingerprint=_hash([[name, manifest["fingerprint"]] for name, manifest in manifests.items()]),
-        digest=_hash(digests),
+        fingerprint=hashed([[name, manifest["fingerprint"]] for name, manifest in manifests.items()]),
+        digest=hashed(digests),
         manifests=manifests,
         folders=dict(folders),
     )
@@ -266,12 +154,14 @@ def text_rows(
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """What a tokenizer does to text, as a digest."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    return _hash({**backend, "truncation": None, "padding": None})  # which are not used here
+    return hashed({**backend, "truncation": None, "padding": None})  # which are not used here
 
 
 def _require_row(splits: list[dict[str, int]], where: str, context: str) -> None:
     if sum(split["rows"] for split in splits) == 0:
         has = " and ".join(f"{sum(split[count] for split in splits)} {count}" for count in ("documents", "tokens"))
+        if any(split.get("left_out_documents") for split in splits):
+            raise ValueError(f"{where}: {has} fill no row: no answer begins so early: raise {context}")
         raise ValueError(f"{where}: {has} fill no row: give more text or lower {context}")
 
 
@@ -293,21 +183,26 @@ def _make(
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     digest = tokenizer_digest(tokenizer)
-    made_from = [FORMAT, UNIT_CHARACTERS, UNIT_CONTEXT, _identity(source, key), digest, control, data.held_out]
+    made_from = [FORMAT, UNIT_CHARACTERS, UNIT_CONTEXT, identity(source, key), digest, control, data.held_out]
+    template = chat.chat_template(tokenizer, data.template) if chat.is_chat(source) else None
+    if template is not None:
+        made_from += [chat.FORMAT, template]
     cache = Path(data.cache).expanduser()
-    folders = {context: cache / _hash([made_from, context]) for context in contexts}
+    folders = {context: cache / hashed([made_from, context]) for context in contexts}
     missing = [context for context, folder in folders.items() if not (folder / "manifest.json").exists()]
     if missing:
         cache.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".preparing-", dir=cache, ignore_cleanup_errors=True) as scratch:
-            tokens = _tokenise(source, key, tokenizer, control, data, Path(scratch))
+            tokens = _tokenise(source, key, tokenizer, control, template, data, Path(scratch))
             for context in missing:
-                _commit(tokens, context, Path(scratch, str(context)), folders[context])
+                _commit(tokens, context, control[1], Path(scratch, str(context)), folders[context])
     return folders
 
 
-def _tokenise(source: Source, key: str, tokenizer: Any, control: Control, data: Data, scratch: Path) -> Any:
-    """Tokenised units, one a row."""
+def _tokenise(
+    source: Source, key: str, tokenizer: Any, control: Control, template: str | None, data: Data, scratch: Path
+) -> Any:
+    """Tokenised units, one a row; those of conversations with labels and the tokens of each document."""
     before, eos = control
     schema = pa.schema({"held_out": pa.bool_(), "texts": pa.list_(pa.large_string())})
     with pa.OSFile(str(scratch / "units.arrow"), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
@@ -323,16 +218,37 @@ def _tokenise(source: Source, key: str, tokenizer: Any, control: Control, data: 
         tokens = [np.array([*before, *ids, eos], dtype=np.int32) for ids in encoded]
         return {"documents": len(encoded), "tokens": np.concatenate(tokens)}
 
-    return units.map(
-        tokenise,
-        remove_columns=["texts"],
-        features=datasets.Features(held_out=datasets.Value("bool"), documents=number, tokens=datasets.List(number)),
-        num_proc=min(data.processes, len(units)) if data.processes > 1 else None,
-        writer_batch_size=1,
-        cache_file_name=str(scratch / "tokens.arrow"),
-        new_fingerprint="tokens",  # spares hashing the tokenizer
-        desc="tokenise",
-    ).with_format("numpy", dtype=np.int32)
+    def tokenise_chats(unit: dict[str, Any]) -> dict[str, Any]:
+        assert template is not None
+        made = [chat.tokenize(tokenizer, template, text, before, eos) for text in unit["texts"]]
+        ids, labels = (np.concatenate([document[part] for document in made]) for part in (0, 1))
+        return {"documents": len(made), "tokens": ids, "labels": labels, "lengths": [len(ids) for ids, _ in made]}
+
+    lists = ("tokens",) if template is None else ("tokens", "labels", "lengths")
+    features = {"held_out": datasets.Value("bool"), "documents": number} | dict.fromkeys(lists, datasets.List(number))
+    try:
+        made = units.map(
+            tokenise if template is None else tokenise_chats,
+            remove_columns=["texts"],
+            features=datasets.Features(features),
+            num_proc=min(data.processes, len(units)) if data.processes > 1 else None,
+            writer_batch_size=1,
+            cache_file_name=str(scratch / "tokens.arrow"),
+            new_fingerprint="tokens",  # spares hashing the tokenizer
+            desc="tokenise",
+        )
+    except chat.Unfit as error:
+        document, why = error.args
+        row = next(number for number, text in enumerate(documents(source, key), 1) if text == document)
+        raise ValueError(
+            f"{key}: row {row} of {source.path} {why}: set data.template=chatml, or mend the row"
+        ) from error
+    return made.with_format("numpy", dtype=np.int32)
+
+
+def is_held_out(text: str, share: float) -> bool:
+    """Whether a document belongs to the held-out `share` (0 to 1): decided by its own text, so alike everywhere."""
+    return xxhash.xxh3_64_intdigest(text.encode()) < share * 2**64
 
 
 def _units(texts: Iterable[str], share: float) -> Iterator[tuple[bool, list[str]]]:
@@ -349,13 +265,13 @@ def _units(texts: Iterable[str], share: float) -> Iterator[tuple[bool, list[str]
     yield from ((side, unit) for side, unit in units.items() if unit)
 
 
-def _commit(tokens: Any, context: int, scratch: Path, folder: Path) -> None:
+def _commit(tokens: Any, context: int, eos: int, scratch: Path, folder: Path) -> None:
     """Write both splits and then the manifest into `scratch`, and rename it to `folder`."""
     scratch.mkdir()
     manifest: dict[str, Any] = {"fingerprint": folder.name, "context": context}
     held_out = np.array(tokens["held_out"][:], dtype=bool)
     for split, chosen in zip(SPLITS, (~held_out, held_out), strict=True):
-        manifest[split] = _pack(tokens, np.flatnonzero(chosen), context, scratch / f"{split}.arrow")
+        manifest[split] = _pack(tokens, np.flatnonzero(chosen), context, scratch / f"{split}.arrow", eos)
     (scratch / "manifest.json").write_text(json.dumps(manifest, indent=2))
     for path in (*scratch.iterdir(), scratch):
         descriptor = os.open(path, os.O_RDONLY)
@@ -367,24 +283,39 @@ def _commit(tokens: Any, context: int, scratch: Path, folder: Path) -> None:
         _manifest(folder)  # fine if another process was faster
 
 
-def _pack(tokens: Any, units: np.ndarray, context: int, path: Path) -> dict[str, Any]:
-    """Write the rows of `units`; returns their counts and digest. A tail that fills no row is dropped."""
-    schema = pa.schema({"input_ids": pa.list_(pa.int32(), context)})
-    number, total, rows, largest = 0, 0, 0, -1
-    digest = xxhash.xxh3_128()
+def _pack(tokens: Any, units: np.ndarray, context: int, path: Path, eos: int) -> dict[str, Any]:
+    """Write the rows of `units`; returns their counts and digest."""
+    chats = "labels" in tokens.column_names
+    names = chat.COLUMNS if chats else chat.COLUMNS[:1]
+    schema = pa.schema({name: pa.list_(pa.int32(), context) for name in names})
+    counts = dict.fromkeys(chat.COUNTS if chats else chat.COUNTS[:4], 0)
+    largest, digest = -1, xxhash.xxh3_128()
     together = max(1, context // UNIT_CONTEXT)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
         for start in range(0, len(units), together):
-            pack = [tokens[int(unit)] for unit in units[start : start + together]]
-            flat = np.concatenate([unit["tokens"] for unit in pack])
-            kept = np.ascontiguousarray(flat[: len(flat) // context * context], dtype="<i4")
-            column = pa.FixedSizeListArray.from_arrays(pa.array(kept), context)
-            stream.write_batch(pa.record_batch([column], schema=schema))
-            digest.update(kept.data)
-            number += sum(int(unit["documents"]) for unit in pack)
-            total, rows, largest = total + len(flat), rows + len(column), max(largest, int(flat.max()))
-    counts = {"documents": number, "tokens": total, "rows": rows, "dropped_tokens": total - rows * context}
+            group = [tokens[int(unit)] for unit in units[start : start + together]]
+            packed, counted = chat.pack(_documents_of(group), context, eos) if chats else _cut(group, context)
+            columns = [pa.FixedSizeListArray.from_arrays(pa.array(part.ravel()), context) for part in packed]
+            stream.write_batch(pa.record_batch(columns, schema=schema))
+            digest.update(packed.data)
+            counts = {name: count + counted[name] for name, count in counts.items()}
+            largest = max(largest, *(int(unit["tokens"].max()) for unit in group))
     return {**counts, "largest_id": largest, "bytes": path.stat().st_size, "digest": digest.hexdigest()}
+
+
+def _cut(group: list[dict[str, Any]], context: int) -> tuple[np.ndarray, dict[str, int]]:
+    """(int32 [1, rows, context], counts): a tail that fills no row is dropped."""
+    flat = np.concatenate([unit["tokens"] for unit in group])
+    rows = len(flat) // context
+    counts = {"documents": sum(int(unit["documents"]) for unit in group), "tokens": len(flat), "rows": rows}
+    counts["dropped_tokens"] = len(flat) - rows * context
+    return np.ascontiguousarray(flat[: rows * context], dtype="<i4").reshape(1, rows, context), counts
+
+
+def _documents_of(group: list[dict[str, Any]]) -> Iterator[chat.Tokens]:
+    for unit in group:
+        ends = np.cumsum(unit["lengths"])[:-1]
+        yield from zip(np.split(unit["tokens"], ends), np.split(unit["labels"], ends), strict=True)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -395,10 +326,6 @@ def _manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         pass
     raise ValueError(f"{folder} does not hold complete rows: remove it and prepare again")
-
-
-def _hash(value: Any) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(value).encode())
 
 
 # --- mixture ----------------------------------------------------------------------------------------------------------
@@ -441,13 +368,27 @@ class Batch:
     input_ids: Tensor  # int64 [sequences, context]
     labels: Tensor  # int64 [sequences, context]
     token_mask: Tensor | None = None  # bool [sequences, context]; None: there is no padding
+    position_ids: Tensor | None = None  # int64 [sequences, context], 0 where a document begins; None: rows are whole
 
     def to(self, device: torch.device | str) -> "Batch":
-        mask = None if self.token_mask is None else self.token_mask.to(device)
-        return Batch(self.input_ids.to(device), self.labels.to(device), mask)
+        return Batch(*(None if part is None else part.to(device) for part in vars(self).values()))  # type: ignore[arg-type]
+
+    def inputs(self) -> dict[str, Tensor]:
+        """What the model's forward takes: without positions it counts through each row."""
+        return {"input_ids": self.input_ids} | (
+            {} if self.position_ids is None else {"position_ids": self.position_ids}
+        )
 
 
 def batch(rows: Any, indices: Sequence[int]) -> Batch:
-    """The rows at `indices` of a mixture or of `Rows`."""
-    input_ids = torch.from_numpy(np.stack([rows[int(index)] for index in indices]).astype(np.int64))
-    return Batch(input_ids=input_ids, labels=input_ids)
+    """The rows at `indices` of a mixture or of `Rows`, text and chat alike; padding is a document of its own."""
+    chosen = [rows[int(index)] for index in indices]
+    if all(row.ndim == 1 for row in chosen):
+        input_ids = torch.from_numpy(np.stack(chosen).astype(np.int64))
+        return Batch(input_ids=input_ids, labels=input_ids)
+    whole = [row if row.ndim == 2 else np.stack([row, row, np.arange(len(row))]) for row in chosen]
+    input_ids, labels, positions = torch.from_numpy(np.stack(whole).astype(np.int64)).unbind(1)
+    kept = positions != chat.PADDING
+    positions = positions.where(kept, (~kept).cumsum(1) - 1)
+    bounded = bool((positions != torch.arange(positions.shape[1])).any())
+    return Batch(input_ids, labels, None if kept.all() else kept, positions if bounded else None)

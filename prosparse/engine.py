@@ -17,7 +17,7 @@ from prosparse import schedule
 from prosparse.config import Dtype, Train
 from prosparse.data import Batch
 from prosparse.ffn import set_penalty
-from prosparse.group import gathered
+from prosparse.group import gathered, on_any_rank, shared
 from prosparse.guard import watching
 from prosparse.penalty import PenaltyContext
 from prosparse.sparsity import labeled, language_loss
@@ -60,7 +60,7 @@ def accumulate(
             last = number == len(micro_batches) - 1
             engine.set_gradient_accumulation_boundary(last)
             context.token_mask = data.token_mask
-            loss = language_loss(engine(input_ids=data.input_ids, use_cache=False).logits, data.labels)
+            loss = language_loss(engine(**data.inputs(), use_cache=False).logits, data.labels)
             loss_sum += loss.detach()
             # an infinite loss can have a finite gradient, with which the step would be applied
             finite = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
@@ -72,6 +72,40 @@ def accumulate(
     sums = torch.cat([context.statistics.flatten(), loss_sum[None]])
     dist.all_reduce(sums)
     return Window(sums[-1].item() / labels, int(tokens), sums[:-1].view_as(context.statistics))
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel, config: Train) -> None:
+    """ValueError unless a document's logits are the same after another one in its row as at the row's start.
+
+    Three forward passes of micro_batch short rows; all ranks call it. Where positions do not separate documents, or do
+    not start anew, the difference is about that which attention to the other document makes.
+    """
+    length = min(8, schedule.contexts(config.recipe)[0] // 2)
+    generator = torch.Generator().manual_seed(0)
+    one, other = torch.randint(model.config.get_text_config().vocab_size, (2, length), generator=generator)
+    positions = torch.arange(length).repeat(2)
+
+    def logits(row: list[torch.Tensor], position_ids: torch.Tensor) -> torch.Tensor:
+        parts = (torch.cat(row), position_ids)
+        ids, position_ids = (part.expand(config.micro_batch, -1).to(model.device) for part in parts)
+        return model(input_ids=ids, position_ids=position_ids, use_cache=False).logits.float()
+
+    was_training = model.training
+    model.eval()
+    first = logits([one, other], positions)[:, :length]
+    after = logits([other, one], positions)[:, length:]
+    attended = logits([other, one], torch.arange(2 * length))[:, length:]
+    model.train(was_training)
+    if any(on_any_rank(bool((after - first).norm() > 0.1 * (attended - first).norm()))):
+        kind = f"{config.model.source} ({model.config.model_type}) with attention={config.attention}"
+        told = "flash attention keeps them apart with micro_batch=1, " if "flash" in config.attention else ""
+        raise shared(
+            ValueError(
+                f"{kind} and micro_batch={config.micro_batch} does not keep the documents of a row apart, which chat "
+                f"sources need: {told}choose attention=sdpa or eager, else another model"
+            )
+        )
 
 
 def diagnose(engine: Any, context: PenaltyContext, micro_batches: list[Batch], rows: list[range], factor: float) -> str:

@@ -19,11 +19,11 @@ import yaml
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from prosparse import checkpoint, schedule, shards, signals
+from prosparse import chat, checkpoint, schedule, shards, signals
 from prosparse.checkpoint import Saver, TrainState
-from prosparse.config import Checkpointing, Dtype, Train
+from prosparse.config import Checkpointing, Dtype, Template, Train
 from prosparse.data import Prepared, mixture, open_prepared, prepare, tokenizer_digest
-from prosparse.engine import deepspeed_config, join_deepspeed, plain, start_engine, stop_engine
+from prosparse.engine import check_packing, deepspeed_config, join_deepspeed, plain, start_engine, stop_engine
 from prosparse.ffn import activation_key, activation_of, substitute
 from prosparse.group import agree, from_rank_zero, on_any_rank, same_everywhere, shared, start_group
 from prosparse.models.formats import released_config
@@ -126,6 +126,8 @@ def _open_claimed(config: Train, folder: Path, rank: int, world: int, device: to
     text_config = agree(lambda: _check_model(config, load_config(config.model.source, **_opening(config))))
     own = config.data.tokenizer
     tokenizer = agree(lambda: load_tokenizer(own) if own else load_tokenizer(config.model.source, **_opening(config)))
+    if config.data.template is not Template.auto:
+        tokenizer.chat_template = chat.TEMPLATES[config.data.template]  # which checkpoints and the export carry
     # One rank prepares the text, all of them open it.
     text = (config.data, tokenizer, schedule.contexts(recipe), text_config.vocab_size)
     folders = from_rank_zero(interruptible(lambda: {n: made.folders for n, made in prepare(*text).items()}))
@@ -134,6 +136,8 @@ def _open_claimed(config: Train, folder: Path, rank: int, world: int, device: to
     substitution = start_model(run)
     run.identity = identity(run)
     run.state = resume(run)
+    if any(map(chat.is_chat, config.data.sources.values())):
+        check_packing(run.engine.module, config)  # under ZeRO-3 no weights can be restored after a forward pass
     run.saved_step = run.state.step
     from_rank_zero(lambda: _check_disk(run))
 

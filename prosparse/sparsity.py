@@ -61,7 +61,7 @@ def measure(
     indices: Sequence[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Measurement:
-    """Perplexity and sparsity of `model` on `rows` (each [context]), or on those named by `indices`.
+    """Perplexity and sparsity of `model` on `rows` (see `Rows`), or on those named by `indices`.
 
     Any model whose FFNs and activation are known can be measured, substituted or not.
     In a process group every rank has to call it; each measures its share and all return the same result.
@@ -93,7 +93,7 @@ def measure(
         data = make_batch(rows, share[number] if own else chosen[:1]).to(device)
         mask = data.token_mask
         with observing(model, count):
-            logits = model(input_ids=data.input_ids, use_cache=False).logits
+            logits = model(**data.inputs(), use_cache=False).logits
         if own:
             totals += torch.stack(
                 [language_loss(logits, data.labels).double(), totals.new_tensor(labeled(data.labels))]

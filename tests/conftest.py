@@ -67,7 +67,13 @@ def make_tiny(root: Path, model: PreTrainedModel | None = None, **changes) -> di
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
     (model or tiny_llama(**changes)).save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
-    return {"model": root / "model", "text": root / "text", "cache": root / "cache"}
+    with open(root / "chat.jsonl", "w") as file:
+        for number in range(80):
+            said = [" ".join(words[(number * i + j) % len(words)] for j in range(3)) for i in range(1, 5)]
+            turns = zip(("user", "assistant") * 2, said[: 2 + 2 * (number % 2)], strict=False)
+            messages = [{"role": role, "content": f"{text} {number}"} for role, text in turns]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return {"model": root / "model", "text": root / "text", "chat": root / "chat.jsonl", "cache": root / "cache"}
 
 
 @pytest.fixture(scope="session")

@@ -40,6 +40,7 @@ def test_every_choice_of_every_group_composes(group, choice):
         "hf": ["model.source=x"],
         "files": ["data.sources.files.path=x"],
         "target": ["recipe.stages.rise.l1.sparsity=0.8", "recipe.stages.rise.l1.factor=0"] * group.startswith("stage"),
+        "prosparse_1b": ["data=minicpm"],
     }.get(choice, [])
     compose("train", ["run_dir=x", f"{group}={choice}", *needed])
 
@@ -86,6 +87,9 @@ BAD = [
     ("attention=foo", "attention is foo"),
     ("data.held_out=0", "data.held_out"),
     ("data.sources.stdlib.weight=0", "data.sources.stdlib.weight"),
+    ("data.sources.stdlib.prompt=q", "data.sources.stdlib.prompt and .answer belong together"),
+    ("data.sources.stdlib={path: x, messages: m, prompt: q, answer: a}", "data.sources.stdlib.messages and .prompt"),
+    ("data.template=llama", "data.template"),
     ("+recipe.stages.rise.data.wiki=1", "recipe.stages.rise.data.wiki: no such source"),
 ]
 

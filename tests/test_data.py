@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from prosparse import data as module
 from prosparse.config import Bos, Data, Source
-from prosparse.data import batch, documents, epochs, is_held_out, mixture, open_prepared, prepare, text_rows
+from prosparse.data import batch, epochs, is_held_out, mixture, open_prepared, prepare, text_rows
+from prosparse.sources import documents
 
 CONTEXT = 16
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "runs", "home"]

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from test_models import BASES, TOKEN_IDS, base_model, logits
 from transformers import AutoModelForCausalLM
 
+from prosparse import engine
+from prosparse.cli import compose
 from prosparse.ffn import activation_key, activation_of, by_expert, neurons, set_penalty, sparse_ffns, substitute
 from prosparse.penalty import COUNT, MAGNITUDE, NONZERO, PenaltyContext, new_statistics
 from prosparse.sparsity import measure
@@ -104,6 +106,24 @@ def test_measured_sparsity_is_the_share_of_zeros_in_what_enters_the_down_project
     result = measure(model, TOKEN_IDS.numpy())
     assert result.sparsity_by_layer == pytest.approx(expected, abs=1e-6) and 0.1 < result.sparsity < 0.9
     assert [type(module) for module in model.modules()] == types
+
+
+APART = sorted(BASES.keys() - {"opt", "falcon"})
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", BASES)
+def test_documents_of_a_row_are_kept_apart_or_the_model_is_refused_for_chats(family, attention, monkeypatch):
+    monkeypatch.setattr(engine, "on_any_rank", lambda *flags: list(flags))
+    model = base_model(family).train()
+    model.set_attn_implementation(attention)
+    substitute(model, "relu")
+    config = compose("train", ["experiment=demo", f"attention={attention}", "micro_batch=2"])
+    if family in APART:
+        engine.check_packing(model, config)
+        return
+    with pytest.raises(ValueError, match=f"attention={attention} and micro_batch=2 does not keep the documents of"):
+        engine.check_packing(model, config)
 
 
 def test_the_kernel_for_experts_on_a_gpu_computes_what_the_loop_computes():

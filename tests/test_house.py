@@ -9,7 +9,7 @@ from conftest import ROOT
 FLOORS = [
     {"activations", "config", "checks", "signals", "group"},
     {"schedule", "penalty", "shards", "guard", "controller", "checkpoint"},
-    {"ffn"},
+    {"ffn", "chat", "sources"},
     {"models", "data"},
     {"sparsity"},
     {"threshold", "telemetry", "reporting"},

@@ -28,19 +28,21 @@ FACTOR, SEQUENCES, CONTEXT = 0.7, 8, 16
 
 
 def window() -> Batch:
-    """8 rows; some are padded at the end, some have labels on a part only."""
+    """8 rows; some are padded at the end, some have labels on a part only, some hold two documents."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(2, 300, (SEQUENCES, CONTEXT), generator=generator)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[1, 9:] = mask[6, 4:] = False
     labels = ids.masked_fill(~mask, -100)
     labels[3, :7] = -100
-    return Batch(ids, labels, mask)
+    positions = torch.arange(CONTEXT).repeat(SEQUENCES, 1)
+    positions[1, 9:], positions[6, 4:] = torch.arange(7), torch.arange(12)  # the padding too is one
+    positions[2, 5:], labels[2, 5:8] = torch.arange(11), -100
+    return Batch(ids, labels, mask, positions)
 
 
 def part(batch: Batch, rows: slice) -> Batch:
-    assert batch.token_mask is not None
-    return Batch(batch.input_ids[rows], batch.labels[rows], batch.token_mask[rows])
+    return Batch(*(tensor[rows] for tensor in vars(batch).values()))
 
 
 def explicit(batch: Batch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -50,7 +52,7 @@ def explicit(batch: Batch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     intermediates = []
     for ffn in sparse_ffns(model):
         ffn.down_proj.register_forward_pre_hook(lambda module, inputs: intermediates.append(inputs[0]))
-    logits = model(input_ids=batch.input_ids).logits
+    logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids).logits
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
     kept = [x1[batch.token_mask] for x1 in intermediates]
     (loss + FACTOR * sum(x1.abs().mean() for x1 in kept)).backward()

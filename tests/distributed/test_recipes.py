@@ -16,6 +16,11 @@ SLOW = sorted({path.stem for path in (ROOT / "configs" / "recipe").glob("*.yaml"
 def scaled(tiny: dict[str, Path], run_dir: Path, recipe: str) -> list[str]:
     """Overrides: 1/1000 of the steps, at least one a stage, 4 rows of 64 tokens."""
     kept = [o for o in tiny_overrides(tiny, run_dir) if not o.startswith("recipe.")]
+    if recipe == "prosparse_1b":  # names the sources of its own data group
+        texts = [f"data.sources.{name}.path={tiny['text']}" for name in ("starcoder", "wikipedia", "pile")]
+        kept = ["data=minicpm" if o == "data=files" else o for o in kept if not o.startswith("data.sources.")]
+        kept += [*texts, f"data.sources.ultrachat.path={tiny['chat']}", "recipe.stages.sft.batch.sequences=1200"]
+        kept.insert(0, f"recipe={recipe}")
     whole = compose("train", [*kept, f"recipe={recipe}"]).recipe
     contexts = [f"recipe.stages.{name}.batch.context=64" for name, s in whole.stages.items() if s.batch.context]
     batch = [f"recipe.scale.batch={4 / whole.batch.sequences}", "recipe.batch.context=64", *contexts]
