@@ -164,15 +164,19 @@ def header(
         f"accumulation {schedule.accumulation(sequences, config.micro_batch, ranks)}; {config.dtype}, "
         f"ZeRO-{config.zero.stage}, {device_name(device, ranks)}, {torch.get_num_threads()} threads a rank",
     ]
+    if any(stage.distillation.weight > 0 for stage in recipe.stages.values()):
+        lines.append(f"teacher  {config.teacher or 'the base model'}")
     passes: dict[tuple[int, str], float] = {}
     weights = {name: source.weight for name, source in config.data.sources.items()}
     for span in schedule.spans(recipe):
         factors = [schedule.l1_factor(recipe, end) for end in (span.first, span.last)]
         rates = [schedule.learning_rate(recipe, end) for end in (span.first, span.last)]
         mean = schedule.l1_factor_mean(recipe, span.last, width)
+        taught = span.stage.distillation
+        teaching = f"  KL x {taught.weight:.4g} at temperature {taught.temperature:g}" if taught.weight else ""
         lines.append(
             f"stage    {span.name:<13} steps {span.first}-{span.last}  λ {factors[0]:.4g} -> {factors[1]:.4g} "
-            f"({mean:.4g} x mean |x1|)  lr {rates[0]:.2g} -> {rates[1]:.2g}"
+            f"({mean:.4g} x mean |x1|)  lr {rates[0]:.2g} -> {rates[1]:.2g}{teaching}"
         )
         sequences, context = schedule.batch_at(recipe, span.first)
         used = epochs(prepared[context].train, span.stage.data or weights, span.stage.steps * sequences)

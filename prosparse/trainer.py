@@ -32,6 +32,7 @@ from prosparse.run import (
     close,
     free_engine,
     go_back,
+    load_teacher,
     open_run,
     start_model,
 )
@@ -92,7 +93,7 @@ def train_stages(run: Run) -> bool:
     """The steps up to `until` or the recipe's end; False if a loss spike asks for a rewind."""
     config, recipe, state, model = run.config, run.config.recipe, run.state, run.engine.module
     total = schedule.total_steps(recipe)
-    last = next((span.last for span in schedule.spans(recipe) if span.name == config.until), total)
+    last = schedule.last_step(recipe, config.until)
     width = neurons(run.base_config)
     layers = run.base_config.get_text_config().num_hidden_layers
     context = PenaltyContext(torch.zeros((), device=run.device), new_statistics(layers, run.device))
@@ -121,8 +122,9 @@ def train_stages(run: Run) -> bool:
         numbers = [range(i, i + config.micro_batch) for i in starts]
         rows = [batch(run.rows(step), indices).to(run.device) for indices in numbers]
         factor = schedule.l1_factor_mean(recipe, step, width)
+        teaching = run.teaching(span.stage.distillation)
         try:
-            window = accumulate(run.engine, context, rows, factor, run.poll)
+            window = accumulate(run.engine, context, rows, factor, run.poll, teaching)
             if config.guard.on_spike is not OnSpike.none:
                 away = guard.deviations(state.guard, window.loss, config.guard)
                 if away is not None and isfinite(window.loss) and away > config.guard.deviations:
@@ -146,7 +148,7 @@ def train_stages(run: Run) -> bool:
             left_out = f"rows {first}-{first + sequences - 1} left out"
             run.say(f"step {step} not applied, its loss or gradient is not finite: {left_out}")
             if skipped_in_a_row == config.guard.skipped_in_a_row:
-                places = diagnose(run.engine, context, rows, numbers, factor)
+                places = diagnose(run.engine, context, rows, numbers, factor, teaching)
                 raise shared(
                     RuntimeError(
                         f"{skipped_in_a_row} windows in a row were not finite, the last at {places}. If all "
@@ -171,6 +173,7 @@ def train_stages(run: Run) -> bool:
             "stage": span.name,
             "tokens": state.tokens,
             "loss": window.loss,
+            "kl": window.kl,
             "l1": factor * sum(magnitude),
             "l1_factor": schedule.l1_factor(recipe, step),
             "l1_factor_mean": factor,
@@ -291,6 +294,7 @@ def rewind(run: Run) -> None:
     free_engine(run)
     start_model(run)
     run.state = go_back(run)
+    load_teacher(run)
     bad = {window for window in (spiked.window - 1, spiked.window) if window >= run.state.window}
     run.state.dropped_windows = sorted({*spiked.dropped_windows, *bad})
     run.state.tracking_id = spiked.tracking_id

@@ -12,7 +12,7 @@ FLOORS = [
     {"ffn"},
     {"models", "data"},
     {"sparsity"},
-    {"threshold", "telemetry", "reporting"},
+    {"threshold", "distillation", "telemetry", "reporting"},
     {"exporters"},
     {"engine"},
     {"run", "trainer"},
