@@ -53,7 +53,7 @@ def accumulate(
     micro-batches; the engine's division by the rank count is undone here. A loss that is not finite makes the gradient
     so. `poll` is called before each micro-batch and may raise on all ranks.
     """
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     model, world = engine.module, dist.get_world_size()
     counts = torch.tensor([_counts(b) for b in micro_batches], dtype=torch.float64, device=context.scale.device).sum(0)
