@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import make_tiny, metrics, tiny_llama, tiny_overrides, trained
+from conftest import make_tiny, metrics, tiny_llama, tiny_overrides
 from test_resume import assert_bit_equal
 
 pytestmark = pytest.mark.timeout(600)
@@ -15,7 +15,8 @@ TAUGHT = ["recipe.stages.rise.distillation.weight=1", "recipe.stages.hold.distil
 def go(nursery, tmp_path_factory):
     """go(name, *overrides, ranks=2): one start of the run of that name, up to the end of its stages."""
     root = tmp_path_factory.mktemp("distillation")
-    base = make_tiny(root, tiny_llama(initializer_range=0.3))  # on which ReLU does harm
+    base = make_tiny(root, tiny_llama(initializer_range=0.3))  # to which ReLU does harm
+    other = make_tiny(tmp_path_factory.mktemp("other"), tiny_llama(hidden_size=16, intermediate_size=24))
 
     def start(name: str, *overrides: str, ranks: int = 2, code: int = 0) -> str:
         own = [*tiny_overrides(base, root / name), "evaluate.every=0", "until=hold", *overrides]
@@ -23,7 +24,7 @@ def go(nursery, tmp_path_factory):
         assert group.codes == [code] * ranks, group.text()[-4000:]
         return group.text()
 
-    start.root, start.base = root, base
+    start.root, start.base, start.other = root, base, other
     return start
 
 
@@ -36,7 +37,6 @@ def test_a_run_that_distills_is_bit_equal_after_stops(go, zero):
     how = [*TAUGHT, f"zero={zero}"]
     text = go(f"whole {zero}", *how)
     assert "teacher  the base model\n" in text and "  KL x 0.5 at temperature 2\n" in text
-    go(f"stopped {zero}", *how, "until=substitution")  # before the teacher is needed
     go(f"stopped {zero}", *how, "until=rise")
     go(f"stopped {zero}", *how)
     one, other = go.root / f"whole {zero}", go.root / f"stopped {zero}"
@@ -44,6 +44,7 @@ def test_a_run_that_distills_is_bit_equal_after_stops(go, zero):
     assert kl(one) == kl(other) and kl(one)[:3] == [None] * 3 and all(value > 0 for value in kl(one)[3:])
 
 
+@pytest.mark.slow
 def test_a_parameter_offload_is_the_teachers_too(go):
     go("whole zero3", *TAUGHT, "zero=zero3")
     go("offloaded", *TAUGHT, "zero=zero3", "+zero.extra.offload_param.device=cpu")
@@ -51,26 +52,31 @@ def test_a_parameter_offload_is_the_teachers_too(go):
 
 
 def test_the_student_comes_closer_to_its_teacher(go):
-    steps = ["recipe.stages.substitution.steps=30", "recipe.lr.schedule=constant"]
-    go("alone", *steps, "until=substitution", ranks=1)
-    go("taught", *steps, "until=substitution", "recipe.stages.substitution.distillation.weight=1", ranks=1)
+    more = ["recipe.stages.substitution.steps=40", "recipe.batch.sequences=16", "micro_batch=8", "until=substitution"]
+    go("taught", *more, "recipe.stages.substitution.distillation.weight=100", ranks=1)
     values = kl(go.root / "taught")
-    assert sum(values[-3:]) < 0.8 * sum(values[:3])
-    assert trained(go.root / "alone")[0]["loss"] == trained(go.root / "taught")[0]["loss"]
+    assert values[0] > 0.1 and sum(values[-5:]) < 0.75 * sum(values[:5]), values
 
 
-def test_controls_keep_the_teacher(go):
-    go("control", *TAUGHT, "recipe.control=silu_continued", ranks=1)
-    assert kl(go.root / "control")[3] < 0.5 * 1e3
+def test_a_control_keeps_its_teacher_which_is_the_untouched_base_model(go):
+    taught = ["recipe.stages.substitution.distillation.weight=1", "until=substitution"]
+    go("control", *taught, "recipe.control=silu_continued", ranks=1)
+    values = kl(go.root / "control")
+    assert abs(values[0]) < 1e-6 < values[1], values  # the student has not moved before its first step
+
+
+def test_another_model_teaches_too(go):
+    teacher = f"teacher={go.other['model']}"
+    text = go("another", *TAUGHT, teacher, "zero=zero3", "until=rise")
+    assert f"teacher  {go.other['model']}\n" in text and kl(go.root / "another")[3] > 0.1
 
 
 def test_a_fork_may_begin_to_distill_and_a_resume_may_not_change_its_teacher(go):
     go("parent", "until=substitution")
     go("child", f"fork={go.root / 'parent'}@substitution", *TAUGHT)
     assert kl(go.root / "child")[:3] == [None] * 3 and kl(go.root / "child")[3] > 0
-    other = make_tiny(go.root / "other" if (go.root / "other").mkdir() is None else go.root)["model"]
-    text = go("child", *TAUGHT, f"teacher={other}", ranks=1, code=2)
-    assert f"teacher was None and is now {other}" in text.splitlines()[-1]
+    text = go("child", *TAUGHT, f"teacher={go.other['model']}", ranks=1, code=2)
+    assert f"teacher was None and is now {go.other['model']}" in text.splitlines()[-1]
     text = go("refused", f"fork={go.root / 'child'}@rise", ranks=1, code=2)
     assert "recipe.stages.rise.distillation was" in text.splitlines()[-1]
 
