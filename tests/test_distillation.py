@@ -1,16 +1,19 @@
 """The divergence to a teacher: its value, its gradient, its memory; what does not fit is refused."""
 
+from copy import deepcopy
 from math import prod
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_models import BASES
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, Gemma2Config
 
 from prosparse import distillation
 from prosparse.cli import compose
-from prosparse.distillation import divergence
+from prosparse.distillation import Teacher, check_head, divergence, freeze, take_head
 
 
 def example(rows: int, context: int, vocabulary: int, dtype: torch.dtype = torch.float32, biased: bool = False):
@@ -88,6 +91,35 @@ def test_nothing_as_large_as_the_logits_is_made_but_their_gradient():
         divergence(logits, hidden, weight, None, labels, 1.0).backward()
     assert [dtype for _, dtype in largest.found] == [torch.bfloat16], largest.found
     assert logits.grad is not None
+
+
+def headless(config) -> tuple[Teacher, torch.Tensor, torch.Tensor]:
+    """A random model as a teacher, with what it gave as a whole for some tokens."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    teacher, ids = Teacher(model, freeze(model)), torch.arange(2, 18).view(2, 8)
+    logits = model(input_ids=ids).logits.detach()
+    take_head(model)
+    return teacher, logits, ids
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_every_family_can_teach(family):
+    teacher, logits, ids = headless(deepcopy(BASES[family]))
+    check_head(teacher, logits, ids)
+    head = teacher.head
+    assert teacher.hidden(ids).shape[-1] == head.in_features
+    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+    assert divergence(logits, teacher.hidden(ids), head.weight, head.bias, ids, 1.0).item() == pytest.approx(
+        0, abs=1e-4
+    )
+
+
+def test_a_teacher_with_a_soft_cap_after_its_head_is_refused():
+    sizes = {"vocab_size": 100, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
+    config = Gemma2Config(**sizes, num_attention_heads=2, num_key_value_heads=1, final_logit_softcapping=0.1)
+    with pytest.raises(ValueError, match="its logits are not what its output head gives"):
+        check_head(*headless(config))
 
 
 @pytest.mark.parametrize(
