@@ -65,18 +65,12 @@ def test_a_control_keeps_its_teacher_which_is_the_untouched_base_model(go):
     assert abs(values[0]) < 1e-6 < values[1], values  # the student has not moved before its first step
 
 
-def test_another_model_teaches_too(go):
-    teacher = f"teacher={go.other['model']}"
-    text = go("another", *TAUGHT, teacher, "zero=zero3", "until=rise")
-    assert f"teacher  {go.other['model']}\n" in text and kl(go.root / "another")[3] > 0.1
-
-
 def test_a_fork_may_begin_to_distill_and_a_resume_may_not_change_its_teacher(go):
     go("parent", "until=substitution")
-    go("child", f"fork={go.root / 'parent'}@substitution", *TAUGHT)
-    assert kl(go.root / "child")[:3] == [None] * 3 and kl(go.root / "child")[3] > 0
-    text = go("child", *TAUGHT, f"teacher={go.other['model']}", ranks=1, code=2)
-    assert f"teacher was None and is now {go.other['model']}" in text.splitlines()[-1]
+    go("child", f"fork={go.root / 'parent'}@substitution", *TAUGHT, f"teacher={go.other['model']}")
+    assert kl(go.root / "child")[:3] == [None] * 3 and kl(go.root / "child")[3] > 0.1
+    text = go("child", *TAUGHT, ranks=1, code=2)
+    assert f"teacher was {go.other['model']} and is now None" in text.splitlines()[-1]
     text = go("refused", f"fork={go.root / 'child'}@rise", ranks=1, code=2)
     assert "recipe.stages.rise.distillation was" in text.splitlines()[-1]
 
