@@ -71,6 +71,15 @@ def validate_recipe(recipe: Recipe) -> None:
                 value is None or value >= (2 if part == "context" else 1), f"{key}.batch.{part} is {value}: too small"
             )
         _validate_weights(stage.data, f"{key}.data")
+        weight, temperature = stage.distillation.weight, stage.distillation.temperature
+        require(
+            isfinite(weight) and weight >= 0,
+            f"{key}.distillation.weight is {weight}: give a finite number, 0 or larger",
+        )
+        require(
+            isfinite(temperature) and temperature > 0,
+            f"{key}.distillation.temperature is {temperature}: give a positive number",
+        )
     first = next(iter(recipe.stages))
     require(
         not recipe.stages[first].reset_optimizer,
@@ -174,6 +183,10 @@ def _validate_train(config: Train) -> None:
                 wanted in sources,
                 f"recipe.stages.{name}.data.{wanted}: no such source; data.sources has {', '.join(sources)}",
             )
+    require(
+        config.teacher is None or any(stage.distillation.weight > 0 for stage in config.recipe.stages.values()),
+        f"teacher={config.teacher}, but no stage distills: set recipe.stages.NAME.distillation.weight, or teacher=null",
+    )
     require(0 < config.data.held_out < 1, f"data.held_out is {config.data.held_out}: give a share between 0 and 1")
     require(config.data.processes >= 1, f"data.processes is {config.data.processes}: give at least 1")
     require(config.micro_batch >= 1, f"micro_batch is {config.micro_batch}: give at least 1")

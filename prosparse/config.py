@@ -132,6 +132,14 @@ class StageBatch:
 
 
 @dataclass
+class Distillation:
+    """weight · temperature² · mean KL(teacher ‖ student), added to the loss; the mean over labeled tokens."""
+
+    weight: float = 0.0  # 0: none
+    temperature: float = 1.0  # what both models' logits are divided by
+
+
+@dataclass
 class Stage:
     steps: int = MISSING
     l1: L1 = field(default_factory=L1)
@@ -140,6 +148,7 @@ class Stage:
     data: dict[str, float] = field(default_factory=dict)  # weight by source name; empty: the weights of data.sources
     weight_decay: float | None = None
     reset_optimizer: bool = False
+    distillation: Distillation = field(default_factory=Distillation)
 
 
 @dataclass
@@ -294,6 +303,7 @@ class Train:
     run_dir: str = MISSING
     model: Model = field(default_factory=Model)
     recipe: Recipe = field(default_factory=Recipe)
+    teacher: str | None = None  # of stages that distill, as model.source; null: the base model itself
     data: Data = field(default_factory=Data)
     zero: Zero = field(default_factory=Zero)
     tracking: Tracking = field(default_factory=Tracking)

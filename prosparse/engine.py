@@ -14,8 +14,9 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from prosparse import schedule
-from prosparse.config import Dtype, Train
+from prosparse.config import Distillation, Dtype, Train
 from prosparse.data import Batch
+from prosparse.distillation import Teacher, check_head, divergence, freeze, take_head
 from prosparse.ffn import set_penalty
 from prosparse.group import gathered, on_any_rank, shared
 from prosparse.guard import watching
@@ -23,12 +24,16 @@ from prosparse.penalty import PenaltyContext
 from prosparse.sparsity import labeled, language_loss
 from prosparse.telemetry import redact
 
+Teaching = tuple[Teacher, Distillation]  # a teacher, and how much a stage follows it
+
 
 @dataclass
 class Window:
-    """One global batch: mean loss over its labeled tokens, its non-padding tokens, statistics summed over the ranks."""
+    """One global batch: mean loss and KL to the teacher, if there is one, over its labeled tokens, its non-padding
+    tokens, statistics summed over the ranks."""
 
     loss: float
+    kl: float | None
     tokens: int
     statistics: torch.Tensor  # fp64 [layers, 3]
 
@@ -39,20 +44,25 @@ def accumulate(
     micro_batches: list[Batch],
     factor: float,
     poll: Callable[[], None] = lambda: None,
+    teaching: Teaching | None = None,
 ) -> Window:
     """Forward and backward over this rank's micro-batches of one window, up to but without the last `engine.step()`.
 
-    The gradient is that of mean loss over labeled tokens + factor · Σ_layers mean |x1|, both means over the window of
-    all ranks, however it is split into micro-batches; the engine's division by the rank count is undone here. A loss
-    that is not finite makes the gradient so. `poll` is called before each micro-batch and may raise on all ranks.
+    The gradient is that of mean loss over labeled tokens + factor · Σ_layers mean |x1|, with a teacher + weight ·
+    temperature² · mean KL over labeled tokens; all means are over the window of all ranks, however it is split into
+    micro-batches; the engine's division by the rank count is undone here. A loss that is not finite makes the gradient
+    so. `poll` is called before each micro-batch and may raise on all ranks.
     """
+    from deepspeed.runtime.zero import GatheredParameters
+
     model, world = engine.module, dist.get_world_size()
     counts = torch.tensor([_counts(b) for b in micro_batches], dtype=torch.float64, device=context.scale.device).sum(0)
     dist.all_reduce(counts)
     labels, tokens = counts.tolist()
     context.scale.fill_(factor * world / tokens)
     context.statistics.zero_()
-    loss_sum = torch.zeros((), dtype=torch.float64, device=context.scale.device)
+    loss_sum, kl_sum = torch.zeros(2, dtype=torch.float64, device=context.scale.device)
+    teacher, how = teaching or (None, Distillation())
     set_penalty(model, context)
     try:
         for number, data in enumerate(micro_batches):
@@ -60,8 +70,16 @@ def accumulate(
             last = number == len(micro_batches) - 1
             engine.set_gradient_accumulation_boundary(last)
             context.token_mask = data.token_mask
-            loss = language_loss(engine(**data.inputs(), use_cache=False).logits, data.labels)
+            hidden: Any = None if teacher is None else teacher.hidden(**data.inputs())
+            logits = engine(**data.inputs(), use_cache=False).logits
+            loss = language_loss(logits, data.labels)
             loss_sum += loss.detach()
+            if teacher is not None:
+                head = teacher.head
+                with GatheredParameters(list(head.parameters())):
+                    kl = divergence(logits, hidden, head.weight, head.bias, data.labels, how.temperature)
+                kl_sum += kl.detach()
+                loss = loss + how.weight * how.temperature**2 * kl
             # an infinite loss can have a finite gradient, with which the step would be applied
             finite = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
             engine.backward(loss * (world / labels) * finite, scale_wrt_gas=False)
@@ -69,9 +87,11 @@ def accumulate(
                 engine.step()
     finally:
         set_penalty(model, None)
-    sums = torch.cat([context.statistics.flatten(), loss_sum[None]])
+    sums = torch.cat([context.statistics.flatten(), loss_sum[None], kl_sum[None]])
     dist.all_reduce(sums)
-    return Window(sums[-1].item() / labels, int(tokens), sums[:-1].view_as(context.statistics))
+    loss_mean, kl_mean = (sums[-2:] / labels).tolist()
+    statistics = sums[:-2].view_as(context.statistics)
+    return Window(loss_mean, None if teacher is None else kl_mean, int(tokens), statistics)
 
 
 @torch.no_grad()
@@ -108,7 +128,14 @@ def check_packing(model: PreTrainedModel, config: Train) -> None:
         )
 
 
-def diagnose(engine: Any, context: PenaltyContext, micro_batches: list[Batch], rows: list[range], factor: float) -> str:
+def diagnose(
+    engine: Any,
+    context: PenaltyContext,
+    micro_batches: list[Batch],
+    rows: list[range],
+    factor: float,
+    teaching: Teaching | None,
+) -> str:
     """Where the values of a window stop to be finite: rank, rows and modules, in words (all ranks call it).
 
     `rows` are the row numbers of each micro-batch. The engine's gradients are used up.
@@ -127,7 +154,7 @@ def diagnose(engine: Any, context: PenaltyContext, micro_batches: list[Batch], r
             next_rows()
             told = next(numbers)
 
-        accumulate(engine, context, micro_batches, factor, poll)
+        accumulate(engine, context, micro_batches, factor, poll, teaching)
         next_rows()
     ranks = gathered(found)
     words = [f"rank {rank}, {entry}" for rank, entries in enumerate(ranks) for entry in entries[:2]]
@@ -161,6 +188,29 @@ def start_engine(config: Train, model: PreTrainedModel, ds_config: dict) -> Any:
         model=model.train(), optimizer=_optimizer(config, model), config=ds_config, dist_init_required=False
     )
     return engine
+
+
+@torch.no_grad()
+def start_teacher(model: PreTrainedModel, ds_config: dict) -> Teacher:
+    """`model`, frozen, as a teacher; under ZeRO-3 partitioned, and offloaded where `ds_config` offloads parameters.
+
+    Raises ValueError if its logits are not what its output head gives.
+    """
+    import deepspeed
+
+    zero = ds_config["zero_optimization"]
+    teacher = Teacher(model, freeze(model))
+    if zero["stage"] == 3:
+        own = {key: value for key, value in zero.items() if key != "offload_optimizer"}
+        teacher.model, *_ = deepspeed.initialize(
+            model=model, config=ds_config | {"zero_optimization": own}, dist_init_required=False
+        )
+    ids = torch.arange(2, 10, device=model.device)[None]
+    logits = teacher.model(input_ids=ids, use_cache=False).logits
+    take_head(model)
+    with deepspeed.zero.GatheredParameters(list(teacher.head.parameters())):
+        check_head(teacher, logits, ids)
+    return teacher
 
 
 def stop_engine(engine: Any) -> None:

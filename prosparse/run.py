@@ -21,9 +21,19 @@ from transformers.utils import logging as transformers_logging
 
 from prosparse import chat, checkpoint, schedule, shards, signals
 from prosparse.checkpoint import Saver, TrainState
-from prosparse.config import Checkpointing, Dtype, Template, Train
+from prosparse.config import Checkpointing, Distillation, Dtype, Template, Train
 from prosparse.data import Prepared, mixture, open_prepared, prepare, tokenizer_digest
-from prosparse.engine import check_packing, deepspeed_config, join_deepspeed, plain, start_engine, stop_engine
+from prosparse.distillation import Teacher, check_vocabulary
+from prosparse.engine import (
+    Teaching,
+    check_packing,
+    deepspeed_config,
+    join_deepspeed,
+    plain,
+    start_engine,
+    start_teacher,
+    stop_engine,
+)
 from prosparse.ffn import activation_key, activation_of, substitute
 from prosparse.group import agree, from_rank_zero, on_any_rank, same_everywhere, shared, start_group
 from prosparse.models.formats import released_config
@@ -49,6 +59,7 @@ class Run:
     saver: Saver
     lock: int | None  # rank 0's, of the folder
     engine: Any = None  # DeepSpeed's; None after the export has freed it
+    teacher: Teacher | None = None  # while a stage that is still to run distills
     base_config: PreTrainedConfig = None  # type: ignore[assignment]  # of the base model, before the substitution
     own_activation: tuple[str, float] = ("", 0.0)  # the base model's
     activation: tuple[str, float] = ("", 0.0)  # what the recipe trains with
@@ -92,6 +103,13 @@ class Run:
             self.mixtures[key] = mixture(self.prepared[context].train, weights, self.config.seed)
         return self.mixtures[key]
 
+    def teaching(self, how: Distillation) -> Teaching | None:
+        """What a stage that distills learns from."""
+        if how.weight == 0:
+            return None
+        assert self.teacher is not None
+        return self.teacher, how
+
     @property
     def held_out(self) -> Any:
         """Held-out rows of the last stage's context."""
@@ -126,6 +144,7 @@ def _open_claimed(config: Train, folder: Path, rank: int, world: int, device: to
     text_config = agree(lambda: _check_model(config, load_config(config.model.source, **_opening(config))))
     own = config.data.tokenizer
     tokenizer = agree(lambda: load_tokenizer(own) if own else load_tokenizer(config.model.source, **_opening(config)))
+    agree(lambda: _check_teacher(config, text_config, tokenizer))
     if config.data.template is not Template.auto:
         tokenizer.chat_template = chat.TEMPLATES[config.data.template]  # which checkpoints and the export carry
     # One rank prepares the text, all of them open it.
@@ -136,6 +155,7 @@ def _open_claimed(config: Train, folder: Path, rank: int, world: int, device: to
     substitution = start_model(run)
     run.identity = identity(run)
     run.state = resume(run)
+    load_teacher(run)
     if any(map(chat.is_chat, config.data.sources.values())):
         check_packing(run.engine.module, config)  # under ZeRO-3 no weights can be restored after a forward pass
     run.saved_step = run.state.step
@@ -164,8 +184,10 @@ def read_back(run: Run) -> None:
 
 def free_engine(run: Run) -> None:
     """Give back the memory of the engine and its model, of which nobody else may hold a reference."""
+    if run.teacher is not None and hasattr(run.teacher.model, "destroy"):
+        stop_engine(run.teacher.model)
     stop_engine(run.engine)
-    run.engine = None
+    run.engine = run.teacher = None
     gc.collect()
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -175,10 +197,7 @@ def start_model(run: Run) -> Any:
     """Load the base model, substitute, start the engine; returns the substitution."""
     config = run.config
     ds_config = deepspeed_config(config, run.world)
-    opening = _opening(config) | {"trust_pickle": config.model.trust_pickle, "attention": config.attention}
-    load = partial(load_model, config.model.source, dtype=DTYPES[config.dtype], device=run.device, **opening)
-    together = config.zero.stage == 3  # each rank then loads its own part, with the others
-    model = load(zero3=ds_config) if together else agree(interruptible(load))
+    model = _load(run, config.model.source, ds_config, base=True)
     run.base_config, run.own_activation = copy.deepcopy(model.config), activation_of(model)
     run.activation = schedule.activation(config.recipe) or run.own_activation
     substitution = substitute(model, *run.activation)
@@ -187,6 +206,26 @@ def start_model(run: Run) -> Any:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     run.engine = start_engine(config, model, ds_config)
     return substitution
+
+
+def load_teacher(run: Run) -> None:
+    """Start the teacher if one of the steps that are still to run in this start has one."""
+    config = run.config
+    if schedule.distills(config.recipe, run.state.step + 1, schedule.last_step(config.recipe, config.until)):
+        ds_config = deepspeed_config(config, run.world)
+        source = config.model.source if config.teacher is None else config.teacher
+        model = _load(run, source, ds_config, base=config.teacher is None)
+        run.teacher = agree(lambda: start_teacher(model, ds_config))
+
+
+def _load(run: Run, source: str, ds_config: dict, base: bool) -> Any:
+    """The model in `source`; what model.* says on revision and trust holds for the base model only."""
+    config = run.config
+    own = _opening(config) | {"trust_pickle": config.model.trust_pickle} if base else {}
+    where: Any = {"dtype": DTYPES[config.dtype], "device": run.device, "attention": config.attention}
+    load = partial(load_model, source, **where, **own)
+    together = config.zero.stage == 3  # each rank then loads its own part, with the others
+    return load(zero3=ds_config) if together else agree(interruptible(load))
 
 
 def close(run: Run) -> None:
@@ -218,6 +257,14 @@ def _check_model(config: Train, whole: PreTrainedConfig) -> Any:
     return text_config
 
 
+def _check_teacher(config: Train, text_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """ValueError unless the teacher, if it is another model, has the vocabulary of the base model."""
+    if config.teacher is not None:
+        names = (config.teacher, config.model.source)
+        configs = (load_config(config.teacher), text_config)
+        check_vocabulary(names, configs, (load_tokenizer(config.teacher), tokenizer))
+
+
 def checkpoint_bytes(run: Run) -> int:
     """fp32 weights and two moments of every parameter."""
     return 12 * sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters())
@@ -246,6 +293,11 @@ def identity(run: Run) -> dict:
     kept = {key: whole[key] for key in ("model", "recipe", "seed", "dtype")}
     for key in ("trust_remote_code", "trust_pickle"):
         del kept["model"][key]
+    for stage in kept["recipe"]["stages"].values():
+        if stage["distillation"]["weight"] == 0:  # as in checkpoints from before there was any
+            del stage["distillation"]
+        else:
+            kept["teacher"] = run.config.teacher
     kept["order of recipe.stages"] = list(whole["recipe"]["stages"])
     kept["data.sources weights"] = {name: source["weight"] for name, source in whole["data"]["sources"].items()}
     kept["data.tokenizer"] = tokenizer_digest(run.tokenizer)
@@ -339,10 +391,9 @@ def _check_fork(run: Run, chosen: Path, manifest: dict) -> None:
     pairs: list[tuple[str, Any, Any]] = [
         (f"recipe.stages.{new['stage']}", old, new) for old, new in zip(manifest["history"], ours, strict=False)
     ]
-    own = run.identity
-    pairs += [
-        (key, manifest["identity"][key], own[key]) for key in own if key not in ("recipe", "order of recipe.stages")
-    ]
+    known, own = manifest["identity"], run.identity
+    later = ["recipe", "order of recipe.stages"] + ["teacher"] * (not schedule.distills(run.config.recipe, 1, step))
+    pairs += [(key, known.get(key), own[key]) for key in own if key not in later]
     pairs.append(("the number of stages up to there", len(manifest["history"]), len(ours)))
     for key, old, new in pairs:
         told = checkpoint.difference(old, new, key)

@@ -4,7 +4,7 @@ In: a `Recipe` and an optimizer step (1-based; only applied steps count). Out: p
 The schedule is Algorithm 1 of arXiv 2402.13516, with λ allowed to fall as well as to rise.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import cos, pi, sin
 from typing import Any
 
@@ -32,6 +32,16 @@ def spans(recipe: Recipe) -> list[Span]:
 
 def total_steps(recipe: Recipe) -> int:
     return sum(stage.steps for stage in recipe.stages.values())
+
+
+def last_step(recipe: Recipe, until: str | None) -> int:
+    """The last step of a start that stops at `until` (a stage, the shift, or null)."""
+    return next((span.last for span in spans(recipe) if span.name == until), total_steps(recipe))
+
+
+def distills(recipe: Recipe, first: int, last: int) -> bool:
+    """Whether one of the steps first..last has a teacher."""
+    return any(s.stage.distillation.weight > 0 and s.first <= last and s.last >= first for s in spans(recipe))
 
 
 def total_tokens(recipe: Recipe) -> int:
@@ -237,6 +247,8 @@ def history(recipe: Recipe, step: int) -> list[dict]:
                 "reset_optimizer": span.stage.reset_optimizer,
             }
         )
+        if span.stage.distillation.weight > 0:
+            result[-1]["distillation"] = asdict(span.stage.distillation)
     return result
 
 

@@ -164,6 +164,8 @@ def header(
         f"accumulation {schedule.accumulation(sequences, config.micro_batch, ranks)}; {config.dtype}, "
         f"ZeRO-{config.zero.stage}, {device_name(device, ranks)}, {torch.get_num_threads()} threads a rank",
     ]
+    if any(stage.distillation.weight > 0 for stage in recipe.stages.values()):
+        lines.append(f"teacher  {config.teacher or 'the base model'}")
     passes: dict[tuple[int, str], float] = {}
     weights = {name: source.weight for name, source in config.data.sources.items()}
     for span in schedule.spans(recipe):
@@ -174,8 +176,11 @@ def header(
             first, last = (schedule.l1_factor(recipe, end) for end in (span.first, span.last))
             mean = schedule.l1_factor_mean(recipe, span.last, width)
             factors = f"{first:.4g} -> {last:.4g} ({mean:.4g} x mean |x1|)"
+        taught = span.stage.distillation
+        teaching = f"  KL x {taught.weight:.4g} at temperature {taught.temperature:g}" if taught.weight else ""
         lines.append(
-            f"stage    {span.name:<13} steps {span.first}-{span.last}  λ {factors}  lr {rates[0]:.2g} -> {rates[1]:.2g}"
+            f"stage    {span.name:<13} steps {span.first}-{span.last}  λ {factors}  "
+            f"lr {rates[0]:.2g} -> {rates[1]:.2g}{teaching}"
         )
         sequences, context = schedule.batch_at(recipe, span.first)
         used = epochs(prepared[context].train, span.stage.data or weights, span.stage.steps * sequences)

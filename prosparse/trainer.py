@@ -32,6 +32,7 @@ from prosparse.run import (
     close,
     free_engine,
     go_back,
+    load_teacher,
     open_run,
     start_model,
 )
@@ -92,7 +93,7 @@ def train_stages(run: Run) -> bool:
     """The steps up to `until` or the recipe's end; False if a loss spike asks for a rewind."""
     config, recipe, state, model = run.config, run.config.recipe, run.state, run.engine.module
     total = schedule.total_steps(recipe)
-    last = next((span.last for span in schedule.spans(recipe) if span.name == config.until), total)
+    last = schedule.last_step(recipe, config.until)
     width = neurons(run.base_config)
     layers = run.base_config.get_text_config().num_hidden_layers
     context = PenaltyContext(torch.zeros((), device=run.device), new_statistics(layers, run.device))
@@ -123,8 +124,9 @@ def train_stages(run: Run) -> bool:
         if chain is not None and state.controller.get("stage") != chain:
             state.controller = start_steering(run, context, chain)
         factor = controller.factor(state.controller) if chain else schedule.l1_factor_mean(recipe, step, width)
+        teaching = run.teaching(span.stage.distillation)
         try:
-            window = accumulate(run.engine, context, rows, factor, run.poll)
+            window = accumulate(run.engine, context, rows, factor, run.poll, teaching)
             if config.guard.on_spike is not OnSpike.none:
                 away = guard.deviations(state.guard, window.loss, config.guard)
                 if away is not None and isfinite(window.loss) and away > config.guard.deviations:
@@ -148,7 +150,7 @@ def train_stages(run: Run) -> bool:
             left_out = f"rows {first}-{first + sequences - 1} left out"
             run.say(f"step {step} not applied, its loss or gradient is not finite: {left_out}")
             if skipped_in_a_row == config.guard.skipped_in_a_row:
-                places = diagnose(run.engine, context, rows, numbers, factor)
+                places = diagnose(run.engine, context, rows, numbers, factor, teaching)
                 raise shared(
                     RuntimeError(
                         f"{skipped_in_a_row} windows in a row were not finite, the last at {places}. If all "
@@ -177,6 +179,7 @@ def train_stages(run: Run) -> bool:
             "stage": span.name,
             "tokens": state.tokens,
             "loss": window.loss,
+            "kl": window.kl,
             "l1": factor * sum(magnitude),
             "l1_factor": factor / schedule.l1_unit(recipe, step, width) if chain else schedule.l1_factor(recipe, step),
             "l1_factor_mean": factor,
@@ -236,7 +239,7 @@ def start_steering(run: Run, context: PenaltyContext, chain: str) -> dict:
             for ahead in range(steps):
                 first, sequences = schedule.window_rows(recipe, state.step + 1, state.window + ahead)
                 data = [batch(run.rows(state.step + 1), n).to(run.device) for n in share_of(run, first, sequences)]
-                accumulate(engine, context, data, factor, run.poll)
+                accumulate(engine, context, data, factor, run.poll, run.teaching(span.stage.distillation))
                 rate = schedule.learning_rate(recipe, state.step + 1 + ahead)
                 set_rate(engine, rate, schedule.weight_decay(recipe, state.step + 1))
                 engine.step()
@@ -354,6 +357,7 @@ def rewind(run: Run) -> None:
     free_engine(run)
     start_model(run)
     run.state = go_back(run)
+    load_teacher(run)
     bad = {window for window in (spiked.window - 1, spiked.window) if window >= run.state.window}
     run.state.dropped_windows = sorted({*spiked.dropped_windows, *bad})
     run.state.tracking_id = spiked.tracking_id

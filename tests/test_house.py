@@ -12,7 +12,7 @@ FLOORS = [
     {"ffn", "chat", "sources"},
     {"models", "data"},
     {"sparsity"},
-    {"threshold", "telemetry", "reporting"},
+    {"threshold", "distillation", "telemetry", "reporting"},
     {"exporters"},
     {"engine"},
     {"run", "trainer"},

@@ -369,12 +369,13 @@ from pathlib import Path
 import deepspeed, torch
 from prosparse import checkpoint
 from prosparse.config import Save
+from prosparse.engine import join_deepspeed
 from prosparse.ffn import substitute
 from prosparse.models.load import load_config, load_model
 
 folder = Path(sys.argv[1])
 torch.set_num_threads(1)
-deepspeed.init_distributed("gloo")
+join_deepspeed(torch.device("cpu"))
 for stage in (1, 2, 3):
     zero = {
         "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}, "bf16": {"enabled": True},

@@ -145,6 +145,7 @@ PUBLISHED = {  # recipe: (accumulated steps, λ, billions of tokens) at the end 
     ),
     "turbosparse_mistral": ([(17881, 0, 150.0)], 5e-5),
     "bamboo_7b": ([(35763, 0, 150.0), (47684, 0, 200.0)], 5e-5),
+    "relullama": ([(2384, 0, 5.0)], 3e-5),
 }  # fmt: skip
 
 
@@ -183,6 +184,18 @@ def test_what_else_is_published_of_a_recipe():
     rates = [schedule.learning_rate(small, step) for step in (95100, 98050, 101000)]
     assert rates == pytest.approx([1e-5, 5.5e-6, 1e-6])
     assert all("ultrachat" not in stage.data for name, stage in small.stages.items() if name != "sft")
+    relullama = recipe("recipe=relullama")
+    assert schedule.activation(relullama) == ("relu", 0.0) and not schedule.shifts(relullama)
+    assert all(stage.distillation.weight > 0 for stage in relullama.stages.values())
+
+
+def test_steps_that_distill_are_known_and_what_they_did_is_history():
+    r = demo("recipe.stages.rise.distillation.weight=0.5")  # steps 51-120
+    cases = [((1, 50), False), ((1, 51), True), ((60, 70), True), ((120, 160), True), ((121, 160), False)]
+    assert [schedule.distills(r, *steps) for steps, _ in cases] == [known for _, known in cases]
+    assert [schedule.last_step(r, until) for until in ("substitution", "rise", "shift", None)] == [50, 120, 160, 160]
+    told = [stage.get("distillation") for stage in schedule.history(r, 160)]
+    assert told == [None, {"weight": 0.5, "temperature": 1.0}, None]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

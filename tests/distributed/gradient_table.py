@@ -1,7 +1,8 @@
 """Every cell of the gradient table on this group of ranks; rank 0 prints {cell: largest relative difference} as JSON.
 
 Each cell trains one window through the trainer's own `accumulate` and compares every parameter's gradient with that of
-an explicit loss, mean cross-entropy + λ · Σ_layers mean |x1|, computed by plain torch in fp64 on the whole window.
+an explicit loss, mean cross-entropy + λ · Σ_layers mean |x1|, computed by plain torch in fp64 on the whole window; in
+the cells that distill + weight · temperature² · mean KL to a Swish model.
 """
 
 import itertools
@@ -15,16 +16,18 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import tiny_llama
+from transformers import LlamaForCausalLM
 
 from prosparse.cli import compose
-from prosparse.config import Checkpointing
+from prosparse.config import Checkpointing, Distillation
 from prosparse.data import Batch
-from prosparse.engine import accumulate, deepspeed_config
+from prosparse.engine import accumulate, deepspeed_config, join_deepspeed, start_teacher, stop_engine
 from prosparse.ffn import sparse_ffns, substitute
 from prosparse.group import start_group
 from prosparse.penalty import COUNT, MAGNITUDE, NONZERO, PenaltyContext, new_statistics
 
 FACTOR, SEQUENCES, CONTEXT = 0.7, 8, 16
+HOW = Distillation(weight=0.5, temperature=2.0)
 
 
 def window() -> Batch:
@@ -41,12 +44,17 @@ def window() -> Batch:
     return Batch(ids, labels, mask, positions)
 
 
+def tiny_teacher() -> LlamaForCausalLM:
+    """Far from the student."""
+    return tiny_llama(initializer_range=0.3)
+
+
 def part(batch: Batch, rows: slice) -> Batch:
     return Batch(*(tensor[rows] for tensor in vars(batch).values()))
 
 
-def explicit(batch: Batch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Gradients by parameter name and statistics, from the loss written out."""
+def explicit(batch: Batch, distills: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor, float]:
+    """Gradients by parameter name, statistics and mean KL, from the loss written out."""
     model = tiny_llama().double()
     substitute(model, "relu")
     intermediates = []
@@ -55,24 +63,32 @@ def explicit(batch: Batch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids).logits
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
     kept = [x1[batch.token_mask] for x1 in intermediates]
+    labeled, (weight, t) = batch.labels[:, 1:] != -100, (HOW.weight, HOW.temperature)
+    with torch.no_grad():
+        teacher = tiny_teacher().double()(input_ids=batch.input_ids).logits
+    log_t, log_s = (x[:, :-1][labeled].div(t).log_softmax(-1) for x in (teacher, logits))
+    kl = (log_t.exp() * (log_t - log_s)).sum(-1).mean()
+    loss = loss + weight * t**2 * kl * distills
     (loss + FACTOR * sum(x1.abs().mean() for x1 in kept)).backward()
     statistics = torch.tensor([[x.abs().sum().item(), (x != 0).sum().item(), x.numel()] for x in kept])
-    return {name: parameter.grad for name, parameter in model.named_parameters()}, statistics
+    return {name: parameter.grad for name, parameter in model.named_parameters()}, statistics, kl.item()
 
 
 def main() -> None:
     config = compose(
         "train", ["experiment=demo", "dtype=fp32", "device=cpu", "threads=1", f"recipe.batch.sequences={SEQUENCES}"]
     )
-    rank, world, _ = start_group("cpu", threads=1, seed=0)
+    rank, world, device = start_group("cpu", threads=1, seed=0)
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
-    deepspeed.init_distributed("gloo", verbose=False)
+    join_deepspeed(device)
     whole = window()
-    expected, expected_statistics = explicit(whole)
+    both = {distills: explicit(whole, distills) for distills in (False, True)}
     table = {}
-    for stage, checkpointing in itertools.product((1, 2, 3), Checkpointing):
+    cells = [(checkpointing, False) for checkpointing in Checkpointing] + [(Checkpointing.none, True)]
+    for stage, (checkpointing, distills) in itertools.product((1, 2, 3), cells):
+        expected, expected_statistics, kl = both[distills]
         config.zero.stage, config.micro_batch = stage, SEQUENCES // world
         model = tiny_llama()
         substitute(model, "relu")
@@ -81,14 +97,16 @@ def main() -> None:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         model.train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_config(config, world), dist_init_required=False
-        )
+        ds_config = deepspeed_config(config, world)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+        teaching = (start_teacher(tiny_teacher(), ds_config), HOW) if distills else None
         context = PenaltyContext(torch.zeros(()), new_statistics(3))
         for accumulation in (1, 2, 4):  # as between stages of a run: one engine, whose own counter must not matter
             micro = SEQUENCES // (world * accumulation)
             starts = range(rank * micro, SEQUENCES, micro * world)
-            result = accumulate(engine, context, [part(whole, slice(i, i + micro)) for i in starts], FACTOR)
+            parts = [part(whole, slice(i, i + micro)) for i in starts]
+            result = accumulate(engine, context, parts, FACTOR, teaching=teaching)
+            assert result.kl is None if not distills else abs(result.kl / kl - 1) < 1e-4, (result.kl, kl)
             worst = 0.0
             for name, parameter in model.named_parameters():
                 gradient = safe_get_full_grad(parameter).double().reshape(expected[name].shape)
@@ -97,8 +115,11 @@ def main() -> None:
             assert torch.equal(counts[:, NONZERO].long(), expected_statistics[:, NONZERO].long()), "non-zeros differ"
             assert torch.equal(counts[:, COUNT].long(), expected_statistics[:, COUNT].long()), "elements differ"
             assert torch.allclose(counts[:, MAGNITUDE], expected_statistics[:, MAGNITUDE].double(), rtol=1e-5)
-            table[f"ranks {world} ZeRO-{stage} accumulation {accumulation} checkpointing {checkpointing}"] = worst
+            cell = f"ranks {world} ZeRO-{stage} accumulation {accumulation} checkpointing {checkpointing}"
+            table[cell + " distilling" * distills] = worst
             engine.step()  # learning rate 0: only clears the gradients
+        if teaching is not None and stage == 3:
+            stop_engine(teaching[0].model)
         engine.destroy()
     if rank == 0:
         print("TABLE " + json.dumps(table), flush=True)
