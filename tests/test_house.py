@@ -12,7 +12,7 @@ FLOORS = [
     {"ffn"},
     {"models", "data"},
     {"sparsity"},
-    {"threshold", "telemetry", "reporting"},
+    {"threshold", "telemetry", "reporting", "generation"},
     {"exporters"},
     {"engine"},
     {"run", "trainer"},
