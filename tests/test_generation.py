@@ -136,9 +136,11 @@ def test_the_positions_of_the_model_are_an_end():
 
 
 def test_sampling_follows_the_seed():
+    model = base_model("llama")
+
     def sample(seed: int) -> str:
         torch.manual_seed(seed)
-        return say(base_model("llama"), words(), temperature=100.0).answer
+        return say(model, words(), temperature=100.0).answer
 
     assert sample(1) == sample(1) != sample(2)
 
