@@ -17,7 +17,7 @@ from prosparse.config import Data, Source
 from prosparse.ffn import activation_of, substitute
 from prosparse.sparsity import spread
 
-ROWS, CONTEXT, MEASURED = 2, 128, 16  # rows of a step, tokens of a row, held-out rows
+ROWS, CONTEXT, MEASURED = 2, 128, 12  # rows of a step, tokens of a row, held-out rows
 RANK, RATE, FACTOR = 8, 1e-3, 0.75  # FACTOR: the λ of the demo's recipe, in the unit `mean`
 ADAPTERS = {
     "attention": (["q_proj", "k_proj", "v_proj", "o_proj"], 0.0),
@@ -72,4 +72,4 @@ if __name__ == "__main__":
     if importlib.util.find_spec("peft") is None:
         print("benchmarks/lora_sparsity.py needs peft, which prosparse does not install: pip install peft")
         sys.exit(2)
-    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 12)
+    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 8)
