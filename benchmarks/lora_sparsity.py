@@ -72,4 +72,4 @@ if __name__ == "__main__":
     if importlib.util.find_spec("peft") is None:
         print("benchmarks/lora_sparsity.py needs peft, which prosparse does not install: pip install peft")
         sys.exit(2)
-    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 8)
+    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 24)
