@@ -10,6 +10,7 @@ from prosparse.config import (
     L1,
     Activation,
     Control,
+    Generate,
     Guard,
     L1Shape,
     Lr,
@@ -49,6 +50,8 @@ def validate(config: Any) -> None:
         _validate_device(config.device)
     if isinstance(config, Measure) and config.held_out is not None:
         require(0 < config.held_out < 1, f"held_out is {config.held_out}: give a share between 0 and 1, or null")
+    if isinstance(config, Generate):
+        _validate_generate(config)
 
 
 def validate_recipe(recipe: Recipe) -> None:
@@ -214,6 +217,17 @@ def _validate_train(config: Train) -> None:
     require(
         config.until is None or config.until in names, f"until={config.until}: no such stage; choose {', '.join(names)}"
     )
+
+
+def _validate_generate(config: Generate) -> None:
+    require(config.prompt is None or bool(config.prompt.strip()), "prompt is empty: give text")
+    require(config.max_new_tokens >= 1, f"max_new_tokens is {config.max_new_tokens}: give at least 1")
+    temperature, top_p = config.temperature, config.top_p
+    require(isfinite(temperature) and temperature >= 0, f"temperature is {temperature}: give a number, 0 or larger")
+    require(0 < top_p <= 1, f"top_p is {top_p}: give a share above 0, up to 1")
+    require(top_p == 1 or temperature > 0, f"top_p is {top_p}, but temperature 0 does not sample: give a temperature")
+    require(config.threads is None or config.threads >= 1, f"threads is {config.threads}: give at least 1, or null")
+    _validate_device(config.device)
 
 
 def _validate_guard(guard: Guard) -> None:

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,9 +34,11 @@ SCHEMAS: dict[str, type] = {
     "measure": schema.Measure,
     "shift": schema.ShiftCheckpoint,
     "export": schema.Export,
+    "generate": schema.Generate,
 }
+VERBATIM = ("prompt", "system")
 FREE_TEXT = re.compile(
-    r"^(run_dir|resume|checkpoint|text|out|model\.source|data\.(cache|tokenizer|sources\.\w+\.path))="
+    r"^(prompt|system|run_dir|resume|checkpoint|text|out|model\.source|data\.(cache|tokenizer|sources\.\w+\.path))="
 )
 USAGE = f"""usage: prosparse VERB key=value ...
 verbs: {", ".join(SCHEMAS)}
@@ -198,16 +200,66 @@ def _export(config: schema.Export) -> dict:
     return exporters[config.format](model, tokenizer, config.out, dtype)
 
 
+def _generate(config: schema.Generate) -> dict:
+    import torch
+
+    from prosparse.generation import generate
+
+    typed = config.prompt is None
+    if typed and not sys.stdin.isatty():
+        raise ValueError("prompt is missing, and stdin is no terminal to type one at: give prompt=TEXT")
+    out = _claim(config.out)
+    model, tokenizer = _open(config)
+    torch.manual_seed(config.seed)
+    messages = [] if config.system is None else [{"role": "system", "content": config.system}]
+    turns = []
+    for line in _typed() if config.prompt is None else [config.prompt]:
+        messages.append({"role": "user", "content": line})
+        turn = generate(
+            model,
+            tokenizer,
+            messages,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            chat=config.chat,
+            tell=lambda text: print(text, end="", file=sys.stderr, flush=True),
+        )
+        messages.append({"role": "assistant", "content": turn.answer})
+        turns.append(asdict(turn))
+        spoken = f"prompt {turn.prompt_tokens} tokens, sparsity {turn.sparsity_prefill:.2%}"
+        if turn.sparsity_generated is not None:
+            spoken += f"  answer {turn.generated_tokens} tokens, sparsity {turn.sparsity_generated:.2%}"
+            spoken += f", {turn.tokens_per_second:.1f} tokens/s"
+        print(f"[{spoken}  ended by {turn.ended}]", file=sys.stderr)
+    asked = {key: getattr(config, key) for key in ("checkpoint", "system", "chat", "temperature", "top_p", "seed")}
+    result = ({"turns": turns} if typed else turns[0]) | asked | _conditions(config, model)
+    if out is not None:
+        _write_result(out, result)
+    return result
+
+
+def _typed() -> Iterator[str]:
+    """The lines typed at the terminal, up to an empty one or Ctrl-D."""
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        yield line
+
+
 RUN: dict[str, Callable[[Any], dict]] = {
     "train": _train,
     "prepare": _prepare,
     "measure": _measure,
     "shift": _shift,
     "export": _export,
+    "generate": _generate,
 }
 
 
-def _open(config: schema.Measure | schema.ShiftCheckpoint) -> tuple[Any, Any]:
+def _open(config: schema.Measure | schema.ShiftCheckpoint | schema.Generate) -> tuple[Any, Any]:
     import torch
 
     from prosparse.models.load import load_model, load_tokenizer
@@ -241,7 +293,7 @@ def _dtype(dtype: schema.Dtype) -> Any:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
 
 
-def _conditions(config: schema.Measure | schema.ShiftCheckpoint, model: Any) -> dict:
+def _conditions(config: schema.Measure | schema.ShiftCheckpoint | schema.Generate, model: Any) -> dict:
     from prosparse.telemetry import command
 
     return {"dtype": str(config.dtype), "device": str(model.device), "command": command()}
@@ -339,8 +391,8 @@ def _run_several(verb: str, overrides: list[str], config_dir: str | None) -> int
     choices = [
         [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
         if o.is_sweep_override()
-        else [str(o.input_line)]
-        for o in parsed
+        else [override]
+        for o, override in zip(parsed, overrides, strict=True)
     ]
     configs = [compose(verb, list(combination), config_dir) for combination in itertools.product(*choices)]
     for config in configs:
@@ -351,7 +403,12 @@ def _run_several(verb: str, overrides: list[str], config_dir: str | None) -> int
 def _quote(override: str) -> str:
     """Quote a free-text value that Hydra's grammar would stumble over."""
     match = FREE_TEXT.match(override)
-    if match is None or re.fullmatch(r"[\w./-]*", value := override[match.end() :]) or value[:1] in "'\"":
+    if match is None:
+        return override
+    value = override[match.end() :]
+    if match[1] in VERBATIM and value != "null":
+        value = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", value)  # else OmegaConf would look it up
+    elif re.fullmatch(r"[\w./-]*", value) or value[:1] in "'\"":
         return override
     # Inside quotes a backslash is itself, except before a quote.
     escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)

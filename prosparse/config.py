@@ -1,6 +1,6 @@
 """The schema: plain dataclasses that type every key. checks.py holds what must be true across keys.
 
-In: nothing. Out: `Train`, `Prepare`, `Measure`, `ShiftCheckpoint`, `Export` and the parts they are made of.
+In: nothing. Out: `Train`, `Prepare`, `Measure`, `ShiftCheckpoint`, `Export`, `Generate` and the parts they are made of.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -64,6 +64,11 @@ class Template(StrEnum):
     auto = "auto"
     chatml = "chatml"
     minicpm = "minicpm"
+
+
+class Chat(StrEnum):
+    auto = "auto"
+    none = "none"
 
 
 class Wandb(StrEnum):
@@ -383,6 +388,24 @@ class Export:
     dtype: Dtype = Dtype.bf16
     trust_remote_code: bool = False
     trust_pickle: bool = False
+
+
+@dataclass
+class Generate:
+    checkpoint: str = MISSING
+    prompt: str | None = None  # null: a conversation at the terminal
+    system: str | None = None  # what the conversation starts with, where the chat template has a place for it
+    max_new_tokens: int = 256
+    temperature: float = 0.0  # 0: always the likeliest token
+    top_p: float = 1.0
+    chat: Chat = Chat.auto  # auto: the tokenizer's chat template if it has one
+    seed: int = 0
+    dtype: Dtype = Dtype.bf16
+    device: str = "auto"
+    threads: int | None = None
+    trust_remote_code: bool = False
+    trust_pickle: bool = False
+    out: str | None = None  # folder for result.json
 
 
 def merged_lr(lr: Lr, own: StageLr) -> Lr:

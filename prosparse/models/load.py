@@ -69,7 +69,7 @@ def load_model(
         if isinstance(place, Path) and not trust_pickle and not any(place.glob("*.safetensors")):
             raise ValueError(
                 f"{source} has no safetensors: convert its weights, or, if you trust who made them (a pickle can run "
-                "code), set model.trust_pickle=true (trust_pickle=true for measure, shift and export)"
+                "code), set model.trust_pickle=true (trust_pickle=true for the other verbs)"
             )
         with _one_line(source):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
