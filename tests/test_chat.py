@@ -126,6 +126,13 @@ def test_an_answer_that_ends_with_eos_ends_there(make_data):
     assert (row[0] == tokenizer.eos_token_id).sum() == 2 + (row[2] < 0).sum()  # one token each; padding has its id too
 
 
+def test_the_first_token_of_a_document_has_no_label_for_it_would_be_predicted_from_another_one(make_data):
+    tokenizer = characters(template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    data = make_data([{"messages": chat("", "abc")}], template=Template.auto, bos=Bos.none)
+    (row,) = everything(data, tokenizer)
+    assert spans(row, tokenizer) == [("a", False), ("bc</s>", True)]
+
+
 def test_a_first_message_of_the_assistant_is_no_answer(make_data):
     tokenizer = characters()
     messages = [{"role": "assistant", "content": "hi"}, *chat("ab", "c")]

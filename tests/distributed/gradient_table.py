@@ -60,7 +60,7 @@ def explicit(batch: Batch, distills: bool) -> tuple[dict[str, torch.Tensor], tor
     intermediates = []
     for ffn in sparse_ffns(model):
         ffn.down_proj.register_forward_pre_hook(lambda module, inputs: intermediates.append(inputs[0]))
-    logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids).logits
+    logits = model(**batch.inputs(), use_cache=False).logits
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
     kept = [x1[batch.token_mask] for x1 in intermediates]
     labeled, (weight, t) = batch.labels[:, 1:] != -100, (HOW.weight, HOW.temperature)
