@@ -7,6 +7,7 @@ report/) and the report as a dict.
 import json
 import time
 from dataclasses import asdict, replace
+from itertools import count, islice
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -121,11 +122,11 @@ def train_stages(run: Run) -> bool:
         numbers = share_of(run, first, sequences)
         rows = [batch(run.rows(step), indices).to(run.device) for indices in numbers]
         chain, goal = schedule.steered(recipe, step), None
-        if chain is not None and state.controller.get("stage") != chain:
-            state.controller = start_steering(run, context, chain)
-        factor = controller.factor(state.controller) if chain else schedule.l1_factor_mean(recipe, step, width)
         teaching = run.teaching(span.stage.distillation)
         try:
+            if chain is not None and state.controller.get("stage") != chain:
+                state.controller = start_steering(run, context, chain)
+            factor = controller.factor(state.controller) if chain else schedule.l1_factor_mean(recipe, step, width)
             window = accumulate(run.engine, context, rows, factor, run.poll, teaching)
             if config.guard.on_spike is not OnSpike.none:
                 away = guard.deviations(state.guard, window.loss, config.guard)
@@ -220,37 +221,39 @@ def start_steering(run: Run, context: PenaltyContext, chain: str) -> dict:
 
     Its first λ is the one with which sparsity would rise as fast as the set-point does on average: from a sweep of a
     few steps with each of some λ, all with the same rows, every one of which is taken back. The state of the engine
-    lies in host memory meanwhile.
+    lies in host memory meanwhile; a stop in between loses nothing, since the stage before has its checkpoint.
     """
-    recipe, state, engine = run.config.recipe, run.state, run.engine
-    span, width = schedule.stage_at(recipe, state.step + 1), neurons(run.base_config)
+    recipe, state, engine, step = run.config.recipe, run.state, run.engine, run.state.step + 1
+    span, width, mixture = schedule.stage_at(recipe, step), neurons(run.base_config), run.rows(step)
+    teaching = run.teaching(span.stage.distillation)
     steps = min(controller.SWEEP_STEPS, span.stage.steps)
+    left = (window for window in count(state.window) if window not in state.dropped_windows)
+    *trained, measured = [schedule.window_rows(recipe, step, window) for window in islice(left, steps + 1)]
     kept, adam_steps = [shards.copies(piece) for piece in shards.pieces(engine)], shards.adam_steps(engine)
 
-    def sparsity(ahead: int) -> float:
-        """On the rows of the window so many steps ahead, which none of the steps before it has read."""
-        first, sequences = schedule.window_rows(recipe, state.step + 1, state.window + ahead)
-        rows, size = run.rows(state.step + 1), run.config.micro_batch
+    def sparsity() -> float:
+        """On the rows of the window after those steps."""
+        first, sequences = measured
         indices = range(first, first + sequences)
-        return measure(engine.module, rows, batch=size, indices=indices, progress=run.poll).sparsity
+        return measure(
+            engine.module, mixture, batch=run.config.micro_batch, indices=indices, progress=run.poll
+        ).sparsity
 
     def after(factor: float) -> float:
-        try:
-            for ahead in range(steps):
-                first, sequences = schedule.window_rows(recipe, state.step + 1, state.window + ahead)
-                data = [batch(run.rows(state.step + 1), n).to(run.device) for n in share_of(run, first, sequences)]
-                accumulate(engine, context, data, factor, run.poll, run.teaching(span.stage.distillation))
-                rate = schedule.learning_rate(recipe, state.step + 1 + ahead)
-                set_rate(engine, rate, schedule.weight_decay(recipe, state.step + 1))
-                engine.step()
-            return sparsity(steps)
-        finally:
-            for piece, copies in zip(shards.pieces(engine), kept, strict=True):
-                shards.put_back(piece, copies)
-            shards.set_adam_steps(engine, adam_steps)
-            shards.refresh(engine)
+        for number, rows in enumerate(trained):
+            data = [batch(mixture, share).to(run.device) for share in share_of(run, *rows)]
+            accumulate(engine, context, data, factor, run.poll, teaching)
+            rate = schedule.learning_rate(recipe, step + number)
+            set_rate(engine, rate, schedule.weight_decay(recipe, step))
+            engine.step()
+        result = sparsity()
+        for piece, copies in zip(shards.pieces(engine), kept, strict=True):
+            shards.put_back(piece, copies)
+        shards.set_adam_steps(engine, adam_steps)
+        shards.refresh(engine)
+        return result
 
-    before, goal = sparsity(steps), span.stage.l1.sparsity
+    before, goal = sparsity(), span.stage.l1.sparsity
     assert goal is not None
     needed, probes = (goal - before) * steps / span.stage.steps, []
     for factor in controller.SWEEP:
@@ -259,9 +262,9 @@ def start_steering(run: Run, context: PenaltyContext, chain: str) -> dict:
         if len(probes) > 1 and probes[-1][1] - before >= needed:
             break
     chosen, slope = controller.estimate(before, probes, needed)
-    unit = schedule.l1_unit(recipe, state.step + 1, width)
+    unit = schedule.l1_unit(recipe, step, width)
     run.say(f"sweep    {needed:+.2%} wanted: steering starts at λ {chosen / unit:.4g} ({chosen:.4g} x mean |x1|)")
-    run.log({"kind": "sweep", "step": state.step + 1, "before": before, "probes": probes, "l1_factor_mean": chosen})
+    run.log({"kind": "sweep", "step": step, "before": before, "probes": probes, "l1_factor_mean": chosen})
     return controller.begin(chain, before, chosen, slope)
 
 

@@ -1,24 +1,35 @@
 """A target stage: λ is steered until sparsity is what was asked for, and goes on so after a stop."""
 
 import json
+import signal
 
 import pytest
 from conftest import metrics, tiny_overrides, trained
 
 pytestmark = pytest.mark.timeout(300)
+RECIPE = [
+    "recipe=target",
+    "recipe.stages.substitution.steps=3",
+    "recipe.stages.rise.steps=40",
+    "recipe.stages.hold.steps=40",
+    "recipe.batch.context=32",
+    "recipe.lr.peak=2e-3",
+    "recipe.stages.rise.l1.sparsity=0.65",
+    "recipe.stages.hold.l1.sparsity=0.65",
+    "save.every=10",
+]
 
 
 @pytest.fixture(scope="module")
 def go(nursery, tiny, tmp_path_factory):
     """go(name, *overrides): one start of the run of that name, with 2 ranks."""
     root = tmp_path_factory.mktemp("target")
-    recipe = ["recipe=target", "recipe.stages.substitution.steps=3", "recipe.stages.rise.steps=40"]
-    recipe += ["recipe.stages.hold.steps=40", "recipe.batch.context=32", "recipe.lr.peak=2e-3"]
-    recipe += ["recipe.stages.rise.l1.sparsity=0.65", "recipe.stages.hold.l1.sparsity=0.65", "save.every=10"]
 
     def start(name: str, *overrides: str):
+        if (root / name / "report" / "report.json").is_file():
+            return root / name
         kept = [o for o in tiny_overrides(tiny, root / name) if not o.startswith(("recipe.", "save."))]
-        group = nursery.run([*kept, *recipe, "evaluate.every=0", *overrides], log=root / f"{name}.log")
+        group = nursery.run([*kept, *RECIPE, "evaluate.every=0", *overrides], log=root / f"{name}.log")
         assert group.codes == [0, 0], group.text()[-4000:]
         return root / name
 
@@ -47,3 +58,15 @@ def test_a_steered_run_that_was_stopped_is_bit_equal_and_its_sweep_leaves_no_tra
     assert trained(parts) == trained(whole)
     kinds = [row["kind"] for row in metrics(parts)]
     assert kinds.count("sweep") == 1
+
+
+def test_a_stop_in_the_sweep_leaves_the_checkpoint_before_it(go, nursery, tiny, tmp_path):
+    whole = go("whole")
+    kept = [o for o in tiny_overrides(tiny, tmp_path / "run") if not o.startswith(("recipe.", "save."))]
+    group = nursery.start([*kept, *RECIPE, "evaluate.every=0"], log=tmp_path / "log")
+    assert group.wait_for("sweep    λ 0.01 ")
+    group.signal(signal.SIGTERM, rank=1)
+    assert group.wait(60) == [75, 75], group.text()[-2000:]
+    assert "stopped after step" in group.text()
+    again = nursery.run([*kept, *RECIPE, "evaluate.every=0"], log=tmp_path / "log")
+    assert again.codes == [0, 0] and trained(tmp_path / "run") == trained(whole)
