@@ -89,7 +89,8 @@ class Run:
         stop, unwritten = on_any_rank(signals.asked() is not None, not self.saver.ready)
         self.complete = self.saver.pending and not unwritten
         if stop:
-            raise shared(Stopped(signals.asked() or "another rank was asked"))
+            signals.note("another rank was asked")
+            raise shared(Stopped(signals.asked()))
 
     def rows(self, step: int) -> Any:
         """The mixture that the stage of `step` reads."""
@@ -325,7 +326,7 @@ def resume(run: Run) -> TrainState:
     if found is None and fork is not None:
         return _begin_fork(run, fork)
     if found is None:
-        return TrainState()
+        return _begin_anew(run)
     chosen, manifest = found
     told = checkpoint.difference(manifest["identity"], run.identity)
     if told is not None:
@@ -341,9 +342,12 @@ def go_back(run: Run) -> TrainState:
     found = checkpoint.find_together(run.folder)
     if found is None or found[1]["origin"] != run.origin:
         found = run.began_from
-    if found is None:
-        return TrainState()
-    return _restore(run, *found)
+    return _begin_anew(run) if found is None else _restore(run, *found)
+
+
+def _begin_anew(run: Run) -> TrainState:
+    from_rank_zero(lambda: checkpoint.supersede(run.folder, 0))  # damaged ones, in the way of those to come
+    return TrainState()
 
 
 def _begin_fork(run: Run, fork: str) -> TrainState:

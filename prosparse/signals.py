@@ -36,6 +36,12 @@ def asked() -> str | None:
     return _reason
 
 
+def note(reason: str) -> None:
+    """Count `reason` as a request to this process too, if there was none: it ends in peace whatever arrives now."""
+    global _reason
+    _reason = _reason or reason
+
+
 def obey(stop_file: Path) -> None:
     """From now on `stop_file`, as soon as it is there, counts as a request too, for as long as this process listens."""
     global _stop_file
@@ -115,16 +121,15 @@ def interruptible(function: Callable[[], T]) -> Callable[[], T]:
 
 
 def _note(number: signal.Signals) -> None:
-    global _reason, _interruptible
-    _reason = _reason or number.name
+    global _interruptible
+    note(number.name)
     if _interruptible:
         _interruptible = False  # once: what cleans up is left in peace
         raise Stopped(_reason)
 
 
 def _ask(reason: str, number: signal.Signals) -> None:
-    global _reason
-    _reason = _reason or reason
+    note(reason)
     os.kill(os.getpid(), number)
 
 

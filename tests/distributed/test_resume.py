@@ -1,6 +1,7 @@
 """Going on: after stops, with other ranks, under another ZeRO stage, from another run."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -84,6 +85,15 @@ def test_the_zero_stage_may_change(go, stages):
     ours, theirs = trained(go.root / f"zero {stages}"), trained(go.root / "undisturbed")
     assert [row["window"] for row in ours] == [row["window"] for row in theirs]
     assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=1e-3)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_begins_anew_and_they_are_not_in_its_way(go):
+    run = go.root / "all damaged"
+    shutil.copytree(go.root / "undisturbed", run)
+    for path in run.glob("checkpoints/step-*/engine/*"):
+        os.truncate(path, path.stat().st_size // 2)
+    assert "set aside as step-00000010.superseded" in go("all damaged")
+    assert_bit_equal(run, go.root / "undisturbed")
 
 
 def test_a_finished_stage_is_the_start_of_another_run(go):

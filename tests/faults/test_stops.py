@@ -44,6 +44,16 @@ def test_a_signal_to_one_rank_saves_the_last_step_and_ends_all_with_75(start, nu
     assert "Traceback" not in group.text()
 
 
+def test_a_rank_that_another_one_stopped_ends_with_75_whatever_its_launcher_sends(start):
+    group, _ = start("asked again", *LONG)
+    assert group.wait_for("step    4/")
+    group.signal(signal.SIGTERM, rank=1)
+    assert group.wait_for("stopped after step")
+    while not group.ended(0):  # as launchers do when the first rank has ended
+        group.signal(signal.SIGTERM, rank=0)
+    assert group.wait(60) == [75, 75]
+
+
 def test_a_stop_file_stops_and_is_removed_and_the_run_is_bit_equal_in_the_end(start):
     quick = ["recipe.stages.hold.steps=150", "evaluate.every=5", "save.every=1000", "until=hold"]
     group, run_dir = start("stop file", *quick)
