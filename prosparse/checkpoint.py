@@ -26,7 +26,7 @@ from torch import Tensor
 
 from prosparse import shards
 from prosparse.config import Save
-from prosparse.group import agree, from_rank_zero, gathered, rank_and_world
+from prosparse.group import agree, from_rank_zero, gathered, rank_and_world, shared
 
 FORMAT = 2
 ENGINE = "engine"  # the folder of the ranks' own files
@@ -177,8 +177,7 @@ class Saver:
             from_rank_zero(lambda: _commit(temporary, pending.folder, pending.manifest | {"files": files}))
         except OSError as error:
             from_rank_zero(lambda: shutil.rmtree(temporary, ignore_errors=True))
-            error.args = (f"{pending.folder} could not be saved: {error}",)
-            raise
+            raise shared(OSError(f"{pending.folder} could not be saved: {error}")) from error
         from_rank_zero(lambda: _try_to_prune(self.run_dir, self.how))
         now = time.perf_counter()
         size = sum(entry["size"] for entry in files.values())
@@ -209,7 +208,7 @@ def restore(engine: Any, folder: Path, manifest: dict) -> None:
     def load() -> None:
         told = difference(manifest["shapes"], shards.shapes(engine))
         if told is not None:
-            raise ValueError(f"{folder} is of another model: {told}")
+            raise ValueError(f"{folder} is of another model: {told}: mind model.source")
         shards.read_into(rank_files(folder, manifest), shards.pieces(engine))
         shards.set_adam_steps(engine, manifest["adam_steps"])
         if rank < manifest["ranks"]:
@@ -290,6 +289,10 @@ def difference(old: Any, new: Any, path: str = "") -> str | None:
     return None if old == new else f"{path} was {old} and is now {new}"
 
 
+class OtherFormat(ValueError):
+    """A checkpoint that is whole and not this version's to read: nothing to pass over."""
+
+
 def read_manifest(folder: Path) -> dict:
     """The manifest of a checkpoint folder; raises ValueError if there is none, or not as it was written."""
     try:
@@ -302,7 +305,7 @@ def read_manifest(folder: Path) -> dict:
     if own != _digest_of(manifest):
         raise ValueError(f"{folder} is damaged: manifest.json is not what was saved")
     if manifest["format"] != FORMAT:
-        raise ValueError(f"{folder} has format {manifest['format']}, this version reads {FORMAT}: use the one it has")
+        raise OtherFormat(f"{folder} has format {manifest['format']}, this version reads {FORMAT}: use the one it has")
     return manifest
 
 
@@ -335,8 +338,11 @@ def verify_together(folder: Path) -> dict:
 
 
 def find(run_dir: Path) -> Path | None:
-    """The newest checkpoint of a run that verifies, or None; says on stderr which ones it passed over and why."""
-    for folder in _folders(run_dir):
+    """The newest checkpoint of a run that verifies, or None; says on stderr which ones it passed over and why.
+
+    Raises ValueError for checkpoints of another format, which are no reason to begin anew.
+    """
+    for folder in _readable(run_dir):
         try:
             verify(folder)
             return folder
@@ -347,7 +353,7 @@ def find(run_dir: Path) -> Path | None:
 
 def find_together(run_dir: Path) -> tuple[Path, dict] | None:
     """`find`, with the manifest, its digests shared among the ranks (all ranks call it)."""
-    for folder in from_rank_zero(lambda: _folders(run_dir)):
+    for folder in from_rank_zero(lambda: _readable(run_dir)):
         try:
             return folder, verify_together(folder)
         except ValueError as error:
@@ -451,6 +457,18 @@ def _folders(run_dir: Path) -> list[Path]:
     return sorted((f for f in (run_dir / "checkpoints").glob("step-*") if NAME.fullmatch(f.name)), reverse=True)
 
 
+def _readable(run_dir: Path) -> list[Path]:
+    """`_folders`, unless one of them is whole and of another format."""
+    for folder in (folders := _folders(run_dir)):
+        try:
+            read_manifest(folder)
+        except OtherFormat:
+            raise
+        except ValueError:  # damaged: told by whoever verifies
+            continue
+    return folders
+
+
 def _try_to_prune(run_dir: Path, how: Save) -> None:
     """What cannot be removed (on NFS while somebody reads it) is told, and tried again after the next save."""
     try:
@@ -465,16 +483,17 @@ def _prune(run_dir: Path, how: Save) -> None:
     for folder in complete[how.keep :]:
         step = int(folder.name[5:])
         every = how.keep_every is not None and step % how.keep_every == 0
-        if not every and not (how.keep_stages and _is_stage_end(folder)):
+        if not every and not (how.keep_stages and _may_be_stage_end(folder)):
             (folder / "manifest.json").unlink()  # invisible first: what a kill leaves of a removal is no checkpoint
             shutil.rmtree(folder)
     for folder in (run_dir / "checkpoints").glob("step-*"):
-        if folder.suffix == ".tmp" or not (folder / "manifest.json").is_file():
+        unfinished = NAME.fullmatch(folder.name) and not (folder / "manifest.json").is_file()
+        if folder.suffix == ".tmp" or unfinished:
             shutil.rmtree(folder)
 
 
-def _is_stage_end(folder: Path) -> bool:
+def _may_be_stage_end(folder: Path) -> bool:
     try:
         return read_manifest(folder).get("stage_end") is not None
-    except ValueError:
-        return False
+    except ValueError:  # for now: who cannot read it does not remove it
+        return True

@@ -21,14 +21,14 @@ SWEEP = (0.01, 0.0316, 0.1, 0.316, 1.0, 3.16)  # λ tried before the first step,
 SWEEP_STEPS = 4  # with each of them
 
 
-def estimate(before: float, probes: list[tuple[float, float]], needed: float) -> tuple[float, float]:
+def estimate(before: float, probes: list[tuple[float, float]], needed: float, steps: int) -> tuple[float, float]:
     """(λ, slope) from a sweep: the λ with which its steps raise the sparsity by `needed`, and the largest slope.
 
-    `probes` are at least two of (λ, sparsity after SWEEP_STEPS steps), λ ascending; in between log λ is interpolated.
+    `probes` are at least two of (λ, sparsity after `steps` steps), λ ascending; in between log λ is interpolated.
     The first or the last one's λ where all or none suffice. The slope is sparsity a step for each unit of log λ.
     """
     points = [(log(factor), after - before) for factor, after in probes]
-    slope = max((b - a) / (y - x) / SWEEP_STEPS for (x, a), (y, b) in pairwise(points))
+    slope = max((b - a) / (y - x) / steps for (x, a), (y, b) in pairwise(points))
     chosen = points[0][0]
     for (x, a), (y, b) in pairwise(points):
         if a < needed:
@@ -56,3 +56,11 @@ def observe(memory: dict[str, Any], sparsity: float, set_point: float, steps: in
     memory["log"] += min(max(change, -FASTEST), FASTEST)
     memory["log"] = min(max(memory["log"], log(LOWEST)), log(HIGHEST))
     memory["error"] = error
+
+
+def told(memory: dict[str, Any]) -> str:
+    """What a report says of the end: the sparsity asked for and reached, λ, and whether it could go further."""
+    value, reached = factor(memory), memory["smoothed"]
+    bound = ", its bound" if not LOWEST * 1.001 < value < HIGHEST * 0.999 else ""
+    asked = f"steered to a sparsity of {reached + memory['error']:.2%}: the last steps of training had {reached:.2%}"
+    return f"{asked}, with λ {value:.4g} x mean |x1|{bound}"

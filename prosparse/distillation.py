@@ -45,7 +45,8 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):
-        return ctx.gradient.mul_(gradients[0]), None, None, None, None, None
+        gradient, ctx.gradient = ctx.gradient, None  # which the graph would keep for as long as its output lives
+        return gradient.mul_(gradients[0]), None, None, None, None, None
 
 
 def divergence(

@@ -80,9 +80,11 @@ def accumulate(
                     kl = divergence(logits, hidden, head.weight, head.bias, data.labels, how.temperature)
                 kl_sum += kl.detach()
                 loss = loss + how.weight * how.temperature**2 * kl
+                del kl
             # an infinite loss can have a finite gradient, with which the step would be applied
             finite = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
             engine.backward(loss * (world / labels) * finite, scale_wrt_gas=False)
+            del hidden, logits, loss  # else they lie beside those of the next micro-batch
             if not last:
                 engine.step()
     finally:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from prosparse.config import Control
-from prosparse.telemetry import AFTER_TRAINING, duration, read_metrics, strict_json, write_atomically
+from prosparse.telemetry import AFTER_TRAINING, duration, read_metrics, redact, strict_json, write_atomically
 
 # The models of a report in the order of their making, in colors that colour-blind readers tell apart (Okabe and Ito).
 COLORS = {
@@ -93,7 +93,7 @@ def write_report(run_dir: Path, report: dict[str, Any]) -> Path:
             (folder / name).unlink(missing_ok=True)  # of an earlier report
         else:
             figure.savefig(folder / name, dpi=DOTS_PER_INCH)
-    write_atomically(folder / "report.json", strict_json(report, indent=2) + "\n")
+    write_atomically(folder / "report.json", redact(strict_json(report, indent=2)) + "\n")
     return folder
 
 

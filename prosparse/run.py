@@ -39,7 +39,7 @@ from prosparse.group import agree, from_rank_zero, on_any_rank, same_everywhere,
 from prosparse.models.formats import released_config
 from prosparse.models.load import load_config, load_model, load_tokenizer
 from prosparse.signals import Stopped, interruptible
-from prosparse.telemetry import Metrics, Tracker, header, versions, write_atomically
+from prosparse.telemetry import Metrics, Tracker, header, redact, versions, write_atomically
 
 DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
 GB = 1e9
@@ -66,7 +66,7 @@ class Run:
     state: TrainState = field(default_factory=TrainState)
     identity: dict = field(default_factory=dict)  # what must not change between the parts of one run
     origin: str | None = None  # "fork RUN@STAGE" or "resume PATH" that the run descends from
-    began_from: tuple[Path, dict] | None = None  # the checkpoint, with its manifest, that this start went on from
+    began_from: Path | None = None  # the checkpoint that this start went on from
     saved_step: int = 0  # of the newest checkpoint, committed or on its way
     evaluated_step: int | None = None  # of the last evaluation during training
     complete: bool = False  # whether the checkpoint on its way is on the disk, on every rank
@@ -216,7 +216,8 @@ def load_teacher(run: Run) -> None:
         ds_config = deepspeed_config(config, run.world)
         source = config.model.source if config.teacher is None else config.teacher
         model = _load(run, source, ds_config, base=config.teacher is None)
-        run.teacher = agree(lambda: start_teacher(model, ds_config))
+        start = lambda: start_teacher(model, ds_config)  # noqa: E731
+        run.teacher = start() if config.zero.stage == 3 else agree(start)  # the ranks start a sharded one together
 
 
 def _load(run: Run, source: str, ds_config: dict, base: bool) -> Any:
@@ -318,10 +319,12 @@ def resume(run: Run) -> TrainState:
         run.origin = found[1]["origin"]
     if how not in ("auto", "must", "never"):
         path, before = Path(how).expanduser(), run.origin
-        run.origin = f"resume {path.resolve()}"
+        if (path / "checkpoints").is_dir():
+            raise ValueError(f"resume={how} is a run folder: name one of its checkpoints, {how}/checkpoints/step-N")
+        run.origin = redact(f"resume {path.resolve()}")
         if before != run.origin:  # else the run has gone on from PATH before, and its own checkpoints are further
             found = path, checkpoint.verify_together(path)
-    elif found is not None and fork is not None and run.origin != f"fork {fork}":
+    elif found is not None and fork is not None and run.origin != _fork_origin(fork):
         raise ValueError(f"fork={fork}, but {folder} has a run that began otherwise: choose another run_dir")
     if found is None and fork is not None:
         return _begin_fork(run, fork)
@@ -331,8 +334,9 @@ def resume(run: Run) -> TrainState:
     told = checkpoint.difference(manifest["identity"], run.identity)
     if told is not None:
         raise ValueError(
-            f"{chosen} was trained otherwise: {told}: use the same settings or another run_dir "
-            "(fork=RUN@STAGE goes on from the end of a stage with another recipe)"
+            f"{chosen} was trained otherwise: {told}: use the same settings or another run_dir"
+            + " (fork=RUN@STAGE goes on from the end of a stage with another recipe)"
+            * ("recipe" in told.split(" was ")[0])
         )
     return _restore(run, chosen, manifest)
 
@@ -341,8 +345,14 @@ def go_back(run: Run) -> TrainState:
     """The state of the newest checkpoint of this run, else of the one that it began from, with the engine filled."""
     found = checkpoint.find_together(run.folder)
     if found is None or found[1]["origin"] != run.origin:
-        found = run.began_from
+        origin = run.began_from
+        found = None if origin is None else (origin, checkpoint.verify_together(origin))
     return _begin_anew(run) if found is None else _restore(run, *found)
+
+
+def _fork_origin(fork: str) -> str:
+    parent, _, stage = fork.rpartition("@")
+    return redact(f"fork {Path(parent).expanduser().resolve()}@{stage}")
 
 
 def _begin_anew(run: Run) -> TrainState:
@@ -356,7 +366,7 @@ def _begin_fork(run: Run, fork: str) -> TrainState:
     chosen = from_rank_zero(lambda: checkpoint.find_stage(source, stage))
     manifest = checkpoint.verify_together(chosen)
     _check_fork(run, chosen, manifest)
-    run.origin = f"fork {fork}"
+    run.origin = _fork_origin(fork)
     state = _restore(run, chosen, manifest)
     state.tracking_id = None
     history = source / "metrics.jsonl"  # the parent's up to here; whoever opens the file cuts the rest
@@ -379,9 +389,10 @@ def _restore(run: Run, chosen: Path, manifest: dict) -> TrainState:
     now = (run.world, run.config.zero.stage)
     change = "" if was == now else f", written by {was[0]} ranks under ZeRO-{was[1]}, with {now[0]} under ZeRO-{now[1]}"
     run.say(f"goes on from {chosen}{change}")
-    run.began_from = run.began_from or (chosen, manifest)
+    run.began_from = run.began_from or chosen
     state = TrainState(**manifest["state"])
-    first_of_fork = run.origin == f"fork {run.config.fork}" and manifest["origin"] != run.origin
+    fork = run.config.fork
+    first_of_fork = fork is not None and run.origin == _fork_origin(fork) and manifest["origin"] != run.origin
     if first_of_fork and not run.config.fork_optimizer:
         shards.forget_moments(run.engine)
     from_rank_zero(lambda: checkpoint.supersede(run.folder, state.step))

@@ -105,6 +105,7 @@ def refresh(engine: Any) -> None:
     """Copy the master weights into the module's own, as DeepSpeed does after a step (all ranks call it)."""
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        optimizer._partition_all_parameters()  # small ones are whole after a step; gathered again they would stay so
         for group in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
         if optimizer.persistent_parameters:

@@ -63,7 +63,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def redact(text: str) -> str:
     """`text` with *** for tokens, keys and passwords: those in this process's environment, Hub tokens, URL users."""
-    named = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIALS?)$", re.IGNORECASE)
+    named = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|KEY|PAT|CREDENTIALS?)$", re.IGNORECASE)
     for name, value in os.environ.items():
         if named.search(name) and len(value) >= 8 and not value.startswith("/"):
             text = text.replace(value, "***")

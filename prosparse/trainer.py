@@ -21,7 +21,7 @@ from prosparse.data import batch
 from prosparse.engine import accumulate, diagnose, less_memory, out_of_memory, set_rate
 from prosparse.exporters.hf import export_hf
 from prosparse.ffn import activation_of, neurons, set_penalty, substitute
-from prosparse.group import from_rank_zero, on_any_rank, patience, shared, waiting
+from prosparse.group import from_rank_zero, on_any_rank, patience, rank_and_world, shared, waiting
 from prosparse.models.load import load_model
 from prosparse.penalty import PenaltyContext, mean_abs_by_layer, new_statistics, sparsity_by_layer
 from prosparse.reporting import fairness, table, write_report
@@ -61,7 +61,20 @@ def train(config: Train) -> dict:
     checkpoint cannot be written, RuntimeError for faults of the numbers, and Stopped, after it has saved, if it was
     asked to stop.
     """
-    run = open_run(replace(config, recipe=schedule.scaled(config.recipe)))
+    config = replace(config, recipe=schedule.scaled(config.recipe))
+    try:
+        return _train(config)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        (rank, world), told = rank_and_world(), getattr(error, "shared", False)
+        where = "a rank" if told else f"rank {rank}"
+        mended = ValueError(f"{where} ran out of memory: {less_memory(config, world)}")
+        raise (shared(mended) if told else mended) from error
+
+
+def _train(config: Train) -> dict:
+    run = open_run(config)
     try:
         first_evaluations(run)
         while not train_stages(run):
@@ -110,8 +123,11 @@ def train_stages(run: Run) -> bool:
         ):
             evaluate(run, "training")
             run.evaluated_step = state.step
-        began, step = time.perf_counter(), state.step + 1
-        span = schedule.stage_at(recipe, step)
+        step = state.step + 1
+        span, chain = schedule.stage_at(recipe, step), schedule.steered(recipe, step)
+        if chain is not None and state.controller.get("stage") != chain:
+            state.controller = start_steering(run, context, chain)
+        began = time.perf_counter()
         if span.stage.reset_optimizer and step == span.first:
             shards.forget_moments(run.engine)
         while state.window in state.dropped_windows:
@@ -121,30 +137,21 @@ def train_stages(run: Run) -> bool:
         first, sequences = schedule.window_rows(recipe, step, state.window)
         numbers = share_of(run, first, sequences)
         rows = [batch(run.rows(step), indices).to(run.device) for indices in numbers]
-        chain, goal = schedule.steered(recipe, step), None
-        teaching = run.teaching(span.stage.distillation)
-        try:
-            if chain is not None and state.controller.get("stage") != chain:
-                state.controller = start_steering(run, context, chain)
-            factor = controller.factor(state.controller) if chain else schedule.l1_factor_mean(recipe, step, width)
-            window = accumulate(run.engine, context, rows, factor, run.poll, teaching)
-            if config.guard.on_spike is not OnSpike.none:
-                away = guard.deviations(state.guard, window.loss, config.guard)
-                if away is not None and isfinite(window.loss) and away > config.guard.deviations:
-                    text = f"step {step}: loss {window.loss:.3f} is {away:.1f} standard deviations above its mean"
-                    run.say(f"{text} (rows {first}-{first + sequences - 1})")
-                    if config.guard.on_spike is OnSpike.rewind:
-                        return False
+        teaching, goal = run.teaching(span.stage.distillation), None
+        factor = controller.factor(state.controller) if chain else schedule.l1_factor_mean(recipe, step, width)
+        window = accumulate(run.engine, context, rows, factor, run.poll, teaching)
+        if config.guard.on_spike is not OnSpike.none:
+            away = guard.deviations(state.guard, window.loss, config.guard)
+            if away is not None and isfinite(window.loss) and away > config.guard.deviations:
+                text = f"step {step}: loss {window.loss:.3f} is {away:.1f} standard deviations above its mean"
+                run.say(f"{text} (rows {first}-{first + sequences - 1})")
+                if config.guard.on_spike is OnSpike.rewind:
+                    return False
 
-            # --- the step; one that is not applied uses up its window and does not count ------------------------------
-            rate = schedule.learning_rate(recipe, step)
-            set_rate(run.engine, rate, schedule.weight_decay(recipe, step))
-            run.engine.step()
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            where = f"rank {run.rank} ran out of memory in step {step} ({device_name(run.device, 1)})"
-            raise ValueError(f"{where}: {less_memory(config, run.world)}") from error
+        # --- the step; one that is not applied uses up its window and does not count ------------------------------
+        rate = schedule.learning_rate(recipe, step)
+        set_rate(run.engine, rate, schedule.weight_decay(recipe, step))
+        run.engine.step()
         state.window += 1
         if not run.engine.was_step_applied():
             state.skipped, skipped_in_a_row = state.skipped + 1, skipped_in_a_row + 1
@@ -223,6 +230,7 @@ def start_steering(run: Run, context: PenaltyContext, chain: str) -> dict:
     few steps with each of some λ, all with the same rows, every one of which is taken back. The state of the engine
     lies in host memory meanwhile; a stop in between loses nothing, since the stage before has its checkpoint.
     """
+    began = time.perf_counter()
     recipe, state, engine, step = run.config.recipe, run.state, run.engine, run.state.step + 1
     span, width, mixture = schedule.stage_at(recipe, step), neurons(run.base_config), run.rows(step)
     teaching = run.teaching(span.stage.distillation)
@@ -246,6 +254,8 @@ def start_steering(run: Run, context: PenaltyContext, chain: str) -> dict:
             rate = schedule.learning_rate(recipe, step + number)
             set_rate(engine, rate, schedule.weight_decay(recipe, step))
             engine.step()
+            if not engine.was_step_applied():
+                run.say("sweep    a step was not applied, its loss or gradient is not finite")
         result = sparsity()
         for piece, copies in zip(shards.pieces(engine), kept, strict=True):
             shards.put_back(piece, copies)
@@ -261,10 +271,11 @@ def start_steering(run: Run, context: PenaltyContext, chain: str) -> dict:
         run.say(f"sweep    λ {factor:<8.4g} sparsity {before:.2%} -> {probes[-1][1]:.2%} in {steps} steps, taken back")
         if len(probes) > 1 and probes[-1][1] - before >= needed:
             break
-    chosen, slope = controller.estimate(before, probes, needed)
+    chosen, slope = controller.estimate(before, probes, needed, steps)
     unit = schedule.l1_unit(recipe, step, width)
     run.say(f"sweep    {needed:+.2%} wanted: steering starts at λ {chosen / unit:.4g} ({chosen:.4g} x mean |x1|)")
-    run.log({"kind": "sweep", "step": step, "before": before, "probes": probes, "l1_factor_mean": chosen})
+    row = {"kind": "sweep", "step": step, "before": before, "probes": probes, "l1_factor_mean": chosen}
+    run.log(row | {"seconds": time.perf_counter() - began})
     return controller.begin(chain, before, chosen, slope)
 
 
@@ -394,6 +405,8 @@ def finish(run: Run) -> dict:
     }
     if "base" not in models:
         report["notes"].append("base and substituted stand in the report of the run that this one went on from")
+    if schedule.steered(recipe, state.step):
+        report["notes"].append(controller.told(state.controller))
     if schedule.shifts(recipe):
         unread = sum(schedule.window_rows(recipe, state.step, state.window - 1))
         rows = [run.rows(state.step)[unread + i] for i in range(recipe.shift.calibration_rows)]

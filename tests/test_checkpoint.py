@@ -55,7 +55,6 @@ def test_every_kind_of_damage_is_named_and_passed_over(tmp_path, capsys):
         ),
         "another's manifest": (lambda f: (f / manifest).write_bytes((good / manifest).read_bytes()), "that of step 1"),
         "a way out": (lambda f: rewrite(f, files={"../../x": {"size": 0}}), "../../x lies outside of it"),
-        "another format": (lambda f: rewrite(f, format=1), "has format 1"),
     }
     for name, (damage, words) in damages.items():
         folder = make(tmp_path, 2)
@@ -65,6 +64,10 @@ def test_every_kind_of_damage_is_named_and_passed_over(tmp_path, capsys):
         assert words in str(error.value), name
         assert checkpoint.find(tmp_path) == good and words in capsys.readouterr().err
         checkpoint.shutil.rmtree(folder)
+    rewrite(make(tmp_path, 2), format=1)
+    for reads in (checkpoint.find, checkpoint.find_together):  # whole, so no reason to go back or begin anew
+        with pytest.raises(ValueError, match="has format 1, this version reads 2"):
+            reads(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,8 @@ def test_what_is_out_of_reach_leaves_the_factor_at_its_bound_and_comes_back_at_o
     for _ in range(200):
         controller.observe(memory, 0.5, 0.9, 100)
     assert controller.factor(memory) == pytest.approx(controller.HIGHEST)
+    assert "sparsity of 90.00%" in controller.told(memory) and "had 50.00%" in controller.told(memory)
+    assert controller.told(memory).endswith("its bound")
     for _ in range(30):
         controller.observe(memory, 0.95, 0.9, 100)
     assert controller.factor(memory) < controller.HIGHEST / 2
@@ -45,7 +47,7 @@ def test_what_is_out_of_reach_leaves_the_factor_at_its_bound_and_comes_back_at_o
 
 def test_the_estimate_interpolates_log_factor_between_two_probes():
     probes = [(0.01, 0.50), (0.1, 0.52), (1.0, 0.60)]
-    chosen, slope = controller.estimate(0.5, probes, 0.06)
-    assert chosen == pytest.approx(10**-0.5) and slope == pytest.approx(0.08 / log(10) / controller.SWEEP_STEPS)
-    assert controller.estimate(0.5, probes, 0.5)[0] == pytest.approx(1.0)  # none suffices
-    assert controller.estimate(0.5, probes, -0.01)[0] == pytest.approx(0.01)  # all do
+    chosen, slope = controller.estimate(0.5, probes, 0.06, 4)
+    assert chosen == pytest.approx(10**-0.5) and slope == pytest.approx(0.08 / log(10) / 4)
+    assert controller.estimate(0.5, probes, 0.5, 4)[0] == pytest.approx(1.0)  # none suffices
+    assert controller.estimate(0.5, probes, -0.01, 4)[0] == pytest.approx(0.01)  # all do

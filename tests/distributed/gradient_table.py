@@ -65,7 +65,7 @@ def explicit(batch: Batch, distills: bool) -> tuple[dict[str, torch.Tensor], tor
     kept = [x1[batch.token_mask] for x1 in intermediates]
     labeled, (weight, t) = batch.labels[:, 1:] != -100, (HOW.weight, HOW.temperature)
     with torch.no_grad():
-        teacher = tiny_teacher().double()(input_ids=batch.input_ids).logits
+        teacher = tiny_teacher().double()(**batch.inputs(), use_cache=False).logits
     log_t, log_s = (x[:, :-1][labeled].div(t).log_softmax(-1) for x in (teacher, logits))
     kl = (log_t.exp() * (log_t - log_s)).sum(-1).mean()
     loss = loss + weight * t**2 * kl * distills

@@ -60,6 +60,17 @@ def test_a_steered_run_that_was_stopped_is_bit_equal_and_its_sweep_leaves_no_tra
     assert kinds.count("sweep") == 1
 
 
+def test_a_sweep_is_taken_back_under_zero3_too(go):
+    few = ["recipe.stages.rise.steps=2", "recipe.stages.hold.steps=1", "until=rise"]
+    runs = [go(f"few {zero}", f"zero={zero}", *few) for zero in ("zero2", "zero3")]
+    sweeps = [next(row for row in metrics(run) if row["kind"] == "sweep") for run in runs]
+    assert len(sweeps[0]["probes"]) > 2
+    for one, other in zip(*(sweep["probes"] for sweep in sweeps), strict=True):
+        assert one == pytest.approx(other, abs=5e-3)
+    first = [trained(run)[3] for run in runs]  # after the sweep
+    assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=1e-3)
+
+
 def test_a_stop_in_the_sweep_leaves_the_checkpoint_before_it(go, nursery, tiny, tmp_path):
     whole = go("whole")
     kept = [o for o in tiny_overrides(tiny, tmp_path / "run") if not o.startswith(("recipe.", "save."))]
