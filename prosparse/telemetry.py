@@ -222,21 +222,22 @@ def peak_memory(device: torch.device) -> int:
 
 
 def mfu(model: PreTrainedModel, context: int, tokens_per_second: float, device: torch.device) -> float | None:
-    """Model FLOPs utilization of one device that trains `tokens_per_second`; None where its peak is not known.
-
-    (6N + 12 · layers · hidden · context) FLOPs a token (PaLM, arXiv 2204.02311, appendix B), no causal halving; N
-    without the embeddings unless they are tied, and of experts as many as a token visits.
-    """
+    """Model FLOPs utilization of one device that trains `tokens_per_second`; None where its peak is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
-    if peak is None:
-        return None
+    return None if peak is None else training_flops(model, context) * tokens_per_second / peak
+
+
+def training_flops(model: PreTrainedModel, context: int) -> int:
+    """FLOPs that training takes a token: 6N + 12 · layers · hidden · context (PaLM, arXiv 2204.02311, appendix B).
+
+    No causal halving; N without the embeddings unless they are tied, and of experts as many as a token visits.
+    """
     text = model.config.get_text_config()
     parameters = (
         _parameters(model) - _idle(model) - (0 if text.tie_word_embeddings else text.vocab_size * text.hidden_size)
     )
-    per_token = 6 * parameters + 12 * text.num_hidden_layers * text.hidden_size * context
-    return per_token * tokens_per_second / peak
+    return 6 * parameters + 12 * text.num_hidden_layers * text.hidden_size * context
 
 
 def _parameters(model: PreTrainedModel) -> int:
