@@ -41,6 +41,7 @@ def test_every_choice_of_every_group_composes(group, choice):
         "files": ["data.sources.files.path=x"],
         "target": ["recipe.stages.rise.l1.sparsity=0.8", "recipe.stages.rise.l1.factor=0"] * group.startswith("stage"),
         "prosparse_1b": ["data=minicpm"],
+        "turbosparse": ["data.sources.wanjuan_cc.path=x"],
     }.get(choice, [])
     compose("train", ["run_dir=x", f"{group}={choice}", *needed])
 
