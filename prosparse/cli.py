@@ -38,7 +38,8 @@ SCHEMAS: dict[str, type] = {
 }
 VERBATIM = ("prompt", "system")
 FREE_TEXT = re.compile(
-    r"^(prompt|system|run_dir|resume|fork|teacher|checkpoint|text|out|model\.source|data\.(cache|tokenizer|sources\.\w+\.path))="
+    r"^(prompt|system|run_dir|resume|fork|teacher|checkpoint|text|out|model\.source|"
+    r"data\.(cache|tokenizer|sources\.\w+\.path))="
 )
 USAGE = f"""usage: prosparse VERB key=value ...
 verbs: {", ".join(SCHEMAS)}
