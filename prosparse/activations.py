@@ -1,7 +1,7 @@
 """The activations of an FFN as plain functions, and their names in a config.json.
 
 In: gate and, where the FFN is gated, up: [..., neurons]. Out: the intermediate x1, [..., neurons], which enters the
-down projection. Only torch is imported and nothing of prosparse: an exported modelling file carries this module's text.
+down projection. Only torch is imported and nothing of prosparse: an exported modeling file carries this module's text.
 """
 
 import torch

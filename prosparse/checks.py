@@ -3,6 +3,8 @@
 In: a config object of any verb. Out: nothing, or ValueError that names the key and the remedy.
 """
 
+import re
+from importlib.resources import files
 from math import isfinite
 from typing import Any
 
@@ -83,6 +85,7 @@ def validate_recipe(recipe: Recipe) -> None:
             isfinite(temperature) and temperature > 0,
             f"{key}.distillation.temperature is {temperature}: give a positive number",
         )
+    _validate_control(recipe)
     first = next(iter(recipe.stages))
     require(
         not recipe.stages[first].reset_optimizer,
@@ -157,6 +160,11 @@ def _validate_l1(recipe: Recipe, name: str, l1: L1) -> None:
         "or target",
     )
     require(
+        before is not L1Shape.target or l1.shape is not L1Shape.constant or l1.factor > 0,
+        f"{key}.factor is {l1.factor} right after a target stage: λ would drop to 0; give a factor, or keep the "
+        f"sparsity with stage@recipe.stages.{name}=target",
+    )
+    require(
         not target or recipe.activation.name != "silu",
         f"{key}.shape is target, but silu has no zeros: choose another recipe.activation",
     )
@@ -164,6 +172,23 @@ def _validate_l1(recipe: Recipe, name: str, l1: L1) -> None:
         not target or recipe.control is not Control.constant_l1,
         f"recipe.control=constant_l1 holds the recipe's largest λ, but that of {key} is steered: compare with "
         "silu_continued or relu_only",
+    )
+
+
+def _validate_control(recipe: Recipe) -> None:
+    """A control that has nothing to take out would be compared with itself."""
+    if any(stage.l1.factor > 0 or stage.l1.shape is L1Shape.target for stage in recipe.stages.values()):
+        return
+    require(
+        recipe.control is not Control.constant_l1,
+        "recipe.control=constant_l1 holds the recipe's largest λ, but no stage has one: compare with silu_continued"
+        + (" or relu_only" if recipe.activation.name != "relu" else ""),
+    )
+    require(
+        recipe.control is not Control.relu_only
+        or recipe.activation.name != "relu"
+        or (recipe.shift.threshold or recipe.shift.budget) is not None,
+        "recipe.control=relu_only is this recipe itself, ReLU without λ and shift: compare with silu_continued",
     )
 
 
@@ -182,10 +207,11 @@ def _validate_train(config: Train) -> None:
         )
     for name, stage in config.recipe.stages.items():
         for wanted in stage.data:
-            require(
-                wanted in sources,
-                f"recipe.stages.{name}.data.{wanted}: no such source; data.sources has {', '.join(sources)}",
-            )
+            if wanted not in sources:
+                raise ValueError(
+                    f"recipe.stages.{name}.data.{wanted}: no such source; data.sources has {', '.join(sources)}: add "
+                    f"it there{_shipped_with(config.recipe)}, or change the stage's data"
+                )
     require(
         config.teacher is None or any(stage.distillation.weight > 0 for stage in config.recipe.stages.values()),
         f"teacher={config.teacher}, but no stage distills: set recipe.stages.NAME.distillation.weight, or teacher=null",
@@ -217,6 +243,15 @@ def _validate_train(config: Train) -> None:
     require(
         config.until is None or config.until in names, f"until={config.until}: no such stage; choose {', '.join(names)}"
     )
+
+
+def _shipped_with(recipe: Recipe) -> str:
+    """The advice to choose a shipped data group that has every source which the stages name, if there is one."""
+    wanted = [rf"^  {re.escape(name)}:" for name in {name for stage in recipe.stages.values() for name in stage.data}]
+    groups = [path for path in files("prosparse.configs.data").iterdir() if path.name.endswith(".yaml")]
+    having = [p.name for p in groups if all(re.search(name, p.read_text(), re.MULTILINE) for name in wanted)]
+    choices = " or ".join(f"data={name.removesuffix('.yaml')}" for name in sorted(having))
+    return f", choose {choices}" if choices else ""
 
 
 def _validate_generate(config: Generate) -> None:

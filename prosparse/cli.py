@@ -22,7 +22,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from prosparse import config as schema
 from prosparse.checks import validate
@@ -38,7 +38,8 @@ SCHEMAS: dict[str, type] = {
 }
 VERBATIM = ("prompt", "system")
 FREE_TEXT = re.compile(
-    r"^(prompt|system|run_dir|resume|checkpoint|text|out|model\.source|data\.(cache|tokenizer|sources\.\w+\.path))="
+    r"^(prompt|system|run_dir|resume|fork|teacher|checkpoint|text|out|model\.source|"
+    r"data\.(cache|tokenizer|sources\.\w+\.path))="
 )
 USAGE = f"""usage: prosparse VERB key=value ...
 verbs: {", ".join(SCHEMAS)}
@@ -369,15 +370,29 @@ def _run_hydra(verb: str, flags: list[str], overrides: list[str], config_dir: st
     """--multirun, and what Hydra's own command line shows: --cfg, --info, --help."""
     if "--multirun" in flags or "-m" in flags:
         return _run_several(verb, overrides, config_dir)
-    raw = _compose_raw(verb, overrides, config_dir)
-    if not OmegaConf.missing_keys(raw):
-        _checked(raw)
+    _check_incomplete(verb, _compose_raw(verb, overrides, config_dir))
     _register()
     GlobalHydra.instance().clear()
     folder = ["--config-dir", str(Path(config_dir).expanduser().resolve())] if config_dir is not None else []
     sys.argv = [f"prosparse {verb}", *flags, *folder, *map(_quote, overrides)]
     hydra.main(config_path="pkg://prosparse.configs", config_name=verb, version_base="1.3")(lambda raw: None)()
     return 0
+
+
+def _check_incomplete(verb: str, raw: Any) -> None:
+    """The checks of a config that may lack values; those are named on stderr."""
+    missing, unchecked = sorted(OmegaConf.missing_keys(raw)), ""
+    try:
+        for key in missing:
+            OmegaConf.update(raw, key, "VALUE")
+    except ValidationError:
+        unchecked = "; nothing was checked without them"
+    if not unchecked:
+        _checked(raw)
+    if missing:
+        print(
+            f"prosparse {verb}: to run, give {' '.join(f'{key}=VALUE' for key in missing)}{unchecked}", file=sys.stderr
+        )
 
 
 def _run_several(verb: str, overrides: list[str], config_dir: str | None) -> int:

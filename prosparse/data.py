@@ -3,7 +3,7 @@
 In: text and chat sources (the named text, files, folders, Hub data sets) and a tokenizer.
 Out: rows of exactly `context` token ids in memory-mapped Arrow files, their mixture by index, and batches of it.
 
-Documents are split into training and held-out ones by the hash of their own text, tokenised, and packed one after the
+Documents are split into training and held-out ones by the hash of their own text, tokenized, and packed one after the
 other: [BOS] document EOS [BOS] document EOS ... (conversations whole, with labels and positions: chat.py). Packing
 starts anew at fixed units of documents in source order, so rows and digests do not depend on the number of processes.
 One source at one context length is one folder in the cache:
@@ -35,7 +35,7 @@ from prosparse.config import Bos, Data, Source
 from prosparse.sources import documents, hashed, identity
 
 FORMAT = 1  # of the rows
-UNIT_CHARACTERS = 2**20  # documents are tokenised in units; the document that reaches this length ends one
+UNIT_CHARACTERS = 2**20  # documents are tokenized in units; the document that reaches this length ends one
 UNIT_CONTEXT = 2048  # up to this context units are packed one by one, at n times this context n together
 SPLITS = ("train", "held_out")
 Control = tuple[list[int], int]  # token ids: what goes before a document ([BOS] or nothing), and EOS
@@ -179,7 +179,7 @@ def _control(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> Control:
 def _make(
     source: Source, key: str, tokenizer: Any, control: Control, data: Data, contexts: Sequence[int]
 ) -> dict[int, Path]:
-    """The folder of one source at each context length, made where the cache does not have it; tokenises once."""
+    """The folder of one source at each context length, made where the cache does not have it; tokenizes once."""
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     digest = tokenizer_digest(tokenizer)
@@ -193,16 +193,16 @@ def _make(
     if missing:
         cache.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".preparing-", dir=cache, ignore_cleanup_errors=True) as scratch:
-            tokens = _tokenise(source, key, tokenizer, control, template, data, Path(scratch))
+            tokens = _tokenize(source, key, tokenizer, control, template, data, Path(scratch))
             for context in missing:
                 _commit(tokens, context, control[1], Path(scratch, str(context)), folders[context])
     return folders
 
 
-def _tokenise(
+def _tokenize(
     source: Source, key: str, tokenizer: Any, control: Control, template: str | None, data: Data, scratch: Path
 ) -> Any:
-    """Tokenised units, one a row; those of conversations with labels and the tokens of each document."""
+    """Tokenized units, one a row; those of conversations with labels and the tokens of each document."""
     before, eos = control
     schema = pa.schema({"held_out": pa.bool_(), "texts": pa.list_(pa.large_string())})
     with pa.OSFile(str(scratch / "units.arrow"), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
@@ -212,13 +212,13 @@ def _tokenise(
     if len(units) == 0:
         raise ValueError(f"{key}: {source.path} holds no document that is not empty: give text")
 
-    def tokenise(unit: dict[str, Any]) -> dict[str, Any]:
+    def tokenize(unit: dict[str, Any]) -> dict[str, Any]:
         options = {"add_special_tokens": False, "split_special_tokens": True}  # "</s>" in a text is text
         encoded = tokenizer(unit["texts"], **options, return_attention_mask=False, verbose=False)["input_ids"]
         tokens = [np.array([*before, *ids, eos], dtype=np.int32) for ids in encoded]
         return {"documents": len(encoded), "tokens": np.concatenate(tokens)}
 
-    def tokenise_chats(unit: dict[str, Any]) -> dict[str, Any]:
+    def tokenize_chats(unit: dict[str, Any]) -> dict[str, Any]:
         assert template is not None
         made = [chat.tokenize(tokenizer, template, text, before, eos) for text in unit["texts"]]
         ids, labels = (np.concatenate([document[part] for document in made]) for part in (0, 1))
@@ -228,14 +228,14 @@ def _tokenise(
     features = {"held_out": datasets.Value("bool"), "documents": number} | dict.fromkeys(lists, datasets.List(number))
     try:
         made = units.map(
-            tokenise if template is None else tokenise_chats,
+            tokenize if template is None else tokenize_chats,
             remove_columns=["texts"],
             features=datasets.Features(features),
             num_proc=min(data.processes, len(units)) if data.processes > 1 else None,
             writer_batch_size=1,
             cache_file_name=str(scratch / "tokens.arrow"),
             new_fingerprint="tokens",  # spares hashing the tokenizer
-            desc="tokenise",
+            desc="tokenize",
         )
     except chat.Unfit as error:
         document, why = error.args
@@ -332,7 +332,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def proportions(weights: Mapping[str, float]) -> dict[str, int]:
-    """The weights as the whole numbers that a mixture realises exactly, the smallest as 100; sorted by name.
+    """The weights as the whole numbers that a mixture realizes exactly, the smallest as 100; sorted by name.
 
     (grain scales the smallest weight to 100 and cuts off decimals; of these there is nothing to cut.)
     """

@@ -1,7 +1,7 @@
 """The sparse FFN in its forms, the FFNs of a model, and the substitution of their activation.
 
 In: a transformers model. Out: the same model with a `SparseFFN` around the weights of every FFN.
-An exported modelling file carries the text of what stands above `Substitution`.
+An exported modeling file carries the text of what stands above `Substitution`.
 """
 
 from collections import Counter

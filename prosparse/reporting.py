@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from prosparse.config import Control
 from prosparse.telemetry import AFTER_TRAINING, duration, read_metrics, redact, strict_json, write_atomically
 
-# The models of a report in the order of their making, in colors that colour-blind readers tell apart (Okabe and Ito).
+# The models of a report in the order of their making, in colors that color-blind readers tell apart (Okabe and Ito).
 COLORS = {
     "base": "#999999",
     "substituted": "#E69F00",

@@ -11,7 +11,7 @@ import resource
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from functools import cache
 from importlib.metadata import version
 from math import isfinite, nan
@@ -166,8 +166,6 @@ def header(
     ]
     if any(stage.distillation.weight > 0 for stage in recipe.stages.values()):
         lines.append(f"teacher  {config.teacher or 'the base model'}")
-    passes: dict[tuple[int, str], float] = {}
-    weights = {name: source.weight for name, source in config.data.sources.items()}
     for span in schedule.spans(recipe):
         rates = [schedule.learning_rate(recipe, end) for end in (span.first, span.last)]
         if schedule.steered(recipe, span.first):
@@ -182,20 +180,38 @@ def header(
             f"stage    {span.name:<13} steps {span.first}-{span.last}  λ {factors}  "
             f"lr {rates[0]:.2g} -> {rates[1]:.2g}{teaching}"
         )
-        sequences, context = schedule.batch_at(recipe, span.first)
-        used = epochs(prepared[context].train, span.stage.data or weights, span.stage.steps * sequences)
-        for name, count in used.items():
-            passes[context, name] = passes.get((context, name), 0) + count
-    for (context, name), count in passes.items():
-        rows = len(prepared[context].train[name])
-        lines.append(f"text     {name}: {rows:,} rows of {context} tokens, read {count:.2f} times")
-        if count > 1:
-            lines.append(f"         {name} runs out and repeats: add text or shorten the recipe")
+    lines += text_lines(config, {context: made.train for context, made in prepared.items()})
     total = schedule.total_steps(recipe)
     lines.append(
         f"run      {config.run_dir}: " + (f"goes on after step {step} of {total}" if step else f"{total} steps")
     )
     return "\n".join(lines)
+
+
+def text_lines(config: Train, rows: Mapping[int, Mapping[str, Sized]]) -> list[str]:
+    """How often all stages together read each source, of which `rows` are those by context; what repeats is told."""
+    weights = {name: source.weight for name, source in config.data.sources.items()}
+    read: dict[str, dict[tuple, float]] = {}  # passes by source and mixture (context and weights)
+    for span in schedule.spans(config.recipe):
+        sequences, context = schedule.batch_at(config.recipe, span.first)
+        mixture = (context, *sorted(span.stage.data.items()))
+        used = epochs(rows[context], span.stage.data or weights, span.stage.steps * sequences)
+        for name, count in used.items():
+            passes = read.setdefault(name, {})
+            passes[mixture] = passes.get(mixture, 0) + count
+    lines = []
+    for name, passes in read.items():
+        lengths = sorted({context for context, *_ in passes})
+        sizes = ", ".join(f"{len(rows[context][name]):,} rows of {context} tokens" for context in lengths)
+        lines.append(f"text     {name}: {sizes}, read {sum(passes.values()):.2f} times")
+        if sum(passes.values()) > 1:
+            lines.append(f"         {name} runs out and repeats: add text or shorten the recipe")
+        if len(passes) > 1:
+            lines.append(
+                f"         {name} is begun anew by {len(passes)} mixtures (stages of other weights or context), which "
+                "read the same text again: give them sources of their own, or one mixture"
+            )
+    return lines
 
 
 @cache
@@ -222,21 +238,22 @@ def peak_memory(device: torch.device) -> int:
 
 
 def mfu(model: PreTrainedModel, context: int, tokens_per_second: float, device: torch.device) -> float | None:
-    """Model FLOPs utilization of one device that trains `tokens_per_second`; None where its peak is not known.
-
-    (6N + 12 · layers · hidden · context) FLOPs a token (PaLM, arXiv 2204.02311, appendix B), no causal halving; N
-    without the embeddings unless they are tied, and of experts as many as a token visits.
-    """
+    """Model FLOPs utilization of one device that trains `tokens_per_second`; None where its peak is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
-    if peak is None:
-        return None
+    return None if peak is None else training_flops(model, context) * tokens_per_second / peak
+
+
+def training_flops(model: PreTrainedModel, context: int) -> int:
+    """FLOPs that training takes a token: 6N + 12 · layers · hidden · context (PaLM, arXiv 2204.02311, appendix B).
+
+    No causal halving; N without the embeddings unless they are tied, and of experts as many as a token visits.
+    """
     text = model.config.get_text_config()
     parameters = (
         _parameters(model) - _idle(model) - (0 if text.tie_word_embeddings else text.vocab_size * text.hidden_size)
     )
-    per_token = 6 * parameters + 12 * text.num_hidden_layers * text.hidden_size * context
-    return per_token * tokens_per_second / peak
+    return 6 * parameters + 12 * text.num_hidden_layers * text.hidden_size * context
 
 
 def _parameters(model: PreTrainedModel) -> int:

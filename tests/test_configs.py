@@ -41,6 +41,7 @@ def test_every_choice_of_every_group_composes(group, choice):
         "files": ["data.sources.files.path=x"],
         "target": ["recipe.stages.rise.l1.sparsity=0.8", "recipe.stages.rise.l1.factor=0"] * group.startswith("stage"),
         "prosparse_1b": ["data=minicpm"],
+        "turbosparse": ["data.sources.wanjuan_cc.path=x"],
     }.get(choice, [])
     compose("train", ["run_dir=x", f"{group}={choice}", *needed])
 
@@ -114,6 +115,9 @@ def test_no_such_verb_lists_the_verbs(capsys):
 def test_paths_with_equal_signs_and_spaces_are_taken_as_they_are():
     config = compose("train", ["experiment=demo", "run_dir=/tmp/a=b, c d/{x}", "data.cache=it's"])
     assert config.run_dir == "/tmp/a=b, c d/{x}" and config.data.cache == "it's"
+    distilling = ["recipe.stages.rise.distillation.weight=1", "teacher=/tmp/a=b c", "fork=/tmp/a=b c@rise"]
+    config = compose("train", ["experiment=demo", *distilling])
+    assert (config.teacher, config.fork) == ("/tmp/a=b c", "/tmp/a=b c@rise")
     config = compose("train", ["experiment=demo", "run_dir=a\\b c", "data.cache=~/cache\\"])
     assert config.run_dir == "a\\b c" and config.data.cache == "~/cache\\"
 
@@ -138,6 +142,28 @@ def test_cfg_shows_what_would_run_and_writes_nothing(tmp_path):
     assert done.returncode == 0 and "factor: 0.75" in done.stdout and list(tmp_path.iterdir()) == []
     bad = prosparse("train", "--cfg", "job", "experiment=demo", "micro_batch=0", cwd=tmp_path)
     assert bad.returncode == 2 and "micro_batch is 0" in bad.stderr
+
+
+@pytest.mark.parametrize("experiment", choices("experiment"))
+def test_cfg_works_for_every_experiment_checks_it_and_names_what_is_missing(experiment, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [])
+    assert main(["train", "--cfg", "job", f"experiment={experiment}"]) == 0
+    shown = capsys.readouterr()
+    assert "micro_batch:" in shown.out and ("run_dir=VALUE" in shown.err) == ("run_dir: ???" in shown.out)
+    assert main(["train", "--cfg", "job", f"experiment={experiment}", "micro_batch=0"]) == 2
+    assert "micro_batch is 0" in capsys.readouterr().err
+
+
+def test_cfg_says_what_keeps_it_from_checking(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [])
+    assert main(["train", "--cfg", "job", "experiment=demo", "recipe.stages.rise.steps=???"]) == 0
+    told = "prosparse train: to run, give recipe.stages.rise.steps=VALUE; nothing was checked without them\n"
+    assert capsys.readouterr().err == told
+
+
+def test_a_source_that_is_missing_names_the_data_groups_that_have_it():
+    with pytest.raises(ValueError, match=r"has stdlib: add it there, choose data=minicpm, or change the stage's data"):
+        compose("train", ["run_dir=x", "recipe=prosparse_1b"])
 
 
 def test_multirun_runs_every_combination_checks_them_first_and_writes_nothing(monkeypatch, tmp_path, capsys):

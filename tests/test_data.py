@@ -185,7 +185,7 @@ def test_held_out_documents_are_chosen_by_their_own_text(tmp_path, make_data, te
 
 def test_the_second_call_does_nothing_but_open(make_data, tiny_tokenizer, monkeypatch):
     first = prepare(make_data(), tiny_tokenizer, [CONTEXT, 8])
-    for name in ("_tokenise", "_commit"):
+    for name in ("_tokenize", "_commit"):
         monkeypatch.setattr(module, name, None)
     second = prepare(make_data(processes=2), tiny_tokenizer, [8, CONTEXT])
     assert second[CONTEXT].digest == first[CONTEXT].digest != first[8].digest

@@ -158,7 +158,7 @@ def test_a_config_says_what_the_published_formats_say(exports, name):
 
 
 @pytest.mark.parametrize("model_class", SPARSE_CLASSES.values())
-def test_a_modelling_file_imports_only_torch_and_transformers(model_class):
+def test_a_modeling_file_imports_only_torch_and_transformers(model_class):
     tree = ast.parse(hf.modeling_source(model_class))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}

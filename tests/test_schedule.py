@@ -130,40 +130,55 @@ def test_a_step_outside_the_recipe_is_an_error():
             schedule.l1_factor(recipe(), step)
 
 
-PUBLISHED = {  # recipe: (accumulated steps, λ, billions of tokens) at the end of each stage, peak learning rate
+PUBLISHED = {
+    # recipe: (accumulated steps, λ, billions of tokens) at the end of each stage, (sequences, context) by stage, and of
+    # the learning rate kind, peak and end of its first segment (the end is published of TurboSparse alone)
     "prosparse_7b": (
         [(5000, 0, 10.49), (6000, 5e-3, 12.58), (10000, 5e-2, 20.97), (12000, 5e-2, 25.17), (16000, 2e-1, 33.55),
-         (16500, 2e-1, 34.60)], 3e-5,
+         (16500, 2e-1, 34.60)], {"": (512, 4096)}, ("cosine", 3e-5, 3e-6),
     ),
     "prosparse_13b": (
         [(5500, 0, 46.14), (6750, 5e-3, 56.62), (10750, 1e-2, 90.18), (11000, 1e-2, 92.27), (15000, 2e-2, 125.83),
-         (16000, 2e-2, 134.22)], 5e-5,
+         (16000, 2e-2, 134.22)], {"": (2048, 4096)}, ("cosine", 5e-5, 5e-6),
     ),
     "prosparse_1b": (
         [(10000, 0, 49.15), (15000, 1e-3, 73.73), (20000, 5e-3, 98.30), (25000, 5e-3, 122.88), (35000, 5e-2, 172.03),
-         (95000, 5e-2, 466.94), (101000, 1e-2, 473.02)], 1e-4,
+         (95000, 5e-2, 466.94), (101000, 1e-2, 473.02)], {"": (1200, 4096), "sft": (248, 4096)}, ("wsd", 1e-4, 1e-5),
     ),
-    "turbosparse_mistral": ([(17881, 0, 150.0)], 5e-5),
-    "bamboo_7b": ([(35763, 0, 150.0), (47684, 0, 200.0)], 5e-5),
-    "relullama": ([(2384, 0, 5.0)], 3e-5),
+    "turbosparse_mistral": ([(17881, 0, 150.0)], {"": (2048, 4096)}, ("cosine", 5e-5, 5e-6)),
+    "bamboo_7b": (
+        [(35763, 0, 150.0), (47684, 0, 200.0)], {"": (2048, 2048), "second_phase": (1024, 4096)},
+        ("cosine", 5e-5, 5e-6),
+    ),
+    "relullama": ([(2384, 0, 5.0)], {"": (512, 4096)}, ("cosine", 3e-5, 3e-6)),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_steps_factors_tokens_and_peaks_are_the_published_ones(name):
-    published, peak = PUBLISHED[name]
+    published, batches, (kind, peak, end) = PUBLISHED[name]
     chosen = shipped(name)
     spans = schedule.spans(chosen)
-    tokens = 0.0
+    tokens, before = 0.0, 0.0
     assert len(spans) == len(published)
     for span, (steps, factor, billions) in zip(spans, published, strict=True):
         sequences, context = schedule.batch_at(chosen, span.first)
+        assert (sequences, context) == batches.get(span.name, batches[""])
         tokens += span.stage.steps * sequences * context / 1e9
         assert (span.last, schedule.l1_factor(chosen, span.last)) == (steps, factor)
+        middle, jump = (span.first + span.last) // 2, factor - before
+        if span.name in ("rise", "hold", "rise_again", "settle"):  # half a sine from the factor before
+            ends = (before + jump / span.stage.steps**2 * 2.4674, before + jump / 2)  # sin² near 0: (π/2)²
+        else:
+            ends = (factor, factor)
+        assert [schedule.l1_factor(chosen, step) for step in (span.first, middle)] == pytest.approx(ends, rel=1e-3)
+        before = factor
         assert tokens == pytest.approx(billions, abs=2e-2 if span.name == "sft" else 6e-3)  # 248 whole rows a step
     assert schedule.total_tokens(chosen) / 1e9 == pytest.approx(tokens)
     rates = [schedule.learning_rate(chosen, step) for step in range(1, spans[-1].last + 1, 100)]
     assert max(rates) == pytest.approx(peak, rel=1e-2)
+    trained = [span for span in spans if span.name not in ("sft", "second_phase")][-1].last  # the first segment
+    assert (chosen.lr.schedule, schedule.learning_rate(chosen, trained)) == (kind, pytest.approx(end))
 
 
 def test_what_else_is_published_of_a_recipe():
@@ -231,6 +246,10 @@ def test_the_set_point_of_target_stages_follows_a_sine_and_holds():
         (["recipe.stages.rise.l1.sparsity=1.5"], "give a share between 0 and 1"),
         (["stage@recipe.stages.hold=sine", "recipe.stages.hold.l1.sparsity=null"], "right after a target stage"),
         (["stage@recipe.stages.hold=linear", "recipe.stages.hold.l1.sparsity=null"], "right after a target stage"),
+        (
+            ["stage@recipe.stages.hold=constant", "recipe.stages.hold.l1.sparsity=null"],
+            "λ would drop to 0; give a factor",
+        ),
         (["activation@recipe.activation=silu"], "silu has no zeros"),
         (["recipe.control=constant_l1"], "recipe.control=constant_l1"),
     ],
@@ -238,7 +257,22 @@ def test_the_set_point_of_target_stages_follows_a_sine_and_holds():
 def test_what_a_target_stage_cannot_be(overrides, message):
     with pytest.raises(ValueError, match=message):
         recipe("recipe=target", *overrides)
-    recipe("recipe=target", "stage@recipe.stages.hold=constant", "recipe.stages.hold.l1.sparsity=null")
+    hold = ["recipe.stages.hold.l1.sparsity=null", "recipe.stages.hold.l1.factor=0.1"]
+    recipe("recipe=target", "stage@recipe.stages.hold=constant", *hold)
+
+
+@pytest.mark.parametrize("name", ["bamboo_7b", "turbosparse_mistral", "relullama"])
+def test_a_control_that_would_be_the_recipe_itself_is_refused(name):
+    others = "silu_continued" if name == "relullama" else "silu_continued or relu_only"
+    with pytest.raises(ValueError, match=f"control=constant_l1 .* no stage has one: compare with {others}$"):
+        recipe(f"recipe={name}", "recipe.control=constant_l1")
+    recipe(f"recipe={name}", "recipe.control=silu_continued")
+    if name == "relullama":
+        with pytest.raises(ValueError, match=r"relu_only is this recipe itself.*compare with silu_continued"):
+            recipe(f"recipe={name}", "recipe.control=relu_only")
+        recipe(f"recipe={name}", "recipe.control=relu_only", "shift@recipe.shift=threshold")
+    else:
+        recipe(f"recipe={name}", "recipe.control=relu_only")
 
 
 def test_a_token_budget_is_shared_by_all_stages():

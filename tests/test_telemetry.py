@@ -6,8 +6,9 @@ from math import inf, nan
 
 import pytest
 
+from prosparse.cli import compose
 from prosparse.config import Tracking, Wandb
-from prosparse.telemetry import Eta, Metrics, Tracker, duration, progress_line, read_metrics, redact
+from prosparse.telemetry import Eta, Metrics, Tracker, duration, progress_line, read_metrics, redact, text_lines
 
 TRAIN = {
     "kind": "train",
@@ -89,6 +90,33 @@ def test_progress_lines_keep_their_columns():
     lines = [progress_line(row, 150, None) for row in (TRAIN, other, lost)]
     assert len({len(line) for line in lines}) == 1
     assert len({line.index("λ") for line in lines}) == 1
+
+
+REPEATS = "stdlib runs out and repeats"
+ANEW = "stdlib is begun anew by 2 mixtures"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sizes", "read", "told", "not_told"),
+    [  # 45, 70 and 50 steps of 4 rows
+        ([], {256: 1000}, "1,000 rows of 256 tokens, read 0.66 times", [], [REPEATS, ANEW]),
+        ([], {256: 600}, "600 rows of 256 tokens, read 1.10 times", [REPEATS], [ANEW]),
+        (["+recipe.stages.hold.data.stdlib=2"], {256: 1000}, "read 0.66 times", [ANEW], [REPEATS]),
+        (
+            ["recipe.stages.hold.batch.context=512"],
+            {256: 500, 512: 250},  # 460 of 500 and 200 of 250: neither runs out by itself
+            "500 rows of 256 tokens, 250 rows of 512 tokens, read 1.72 times",
+            [REPEATS, ANEW],
+            [],
+        ),
+    ],
+)
+def test_the_header_tells_what_text_runs_out_and_repeats(overrides, sizes, read, told, not_told):
+    config = compose("train", ["experiment=demo", *overrides])
+    first, *others = text_lines(config, {context: {"stdlib": range(rows)} for context, rows in sizes.items()})
+    assert first.startswith("text     stdlib: ") and first.endswith(read)
+    assert len(others) == len(told) and all(any(part in line for line in others) for part in told)
+    assert not any(part in line for line in others for part in not_told)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Export to a Hugging Face folder that loads without prosparse.
 
 In: weights under the base model's names, its config, an activation. Out: safetensors, config, tokenizer and, for an
-activation that transformers lacks, one self-contained modelling file; reloaded in a fresh process, then renamed.
+activation that transformers lacks, one self-contained modeling file; reloaded in a fresh process, then renamed.
 """
 
 import inspect
@@ -171,7 +171,7 @@ def verify(
     difference, bound = (logits - expected).abs().max().item(), TOLERANCE[dtype] * expected.abs().max().item()
     text_ids = tokenizer(PROBE_TEXT)["input_ids"] if tokenizer is not None else None
     for holds, problem in (
-        (not seen["imports_prosparse"], "its modelling file imports prosparse"),
+        (not seen["imports_prosparse"], "its modeling file imports prosparse"),
         (not seen["problems"], f"weights are missing or surplus: {', '.join(seen['problems'])}"),
         (
             all(pair == [activation, float(param)] for pair in seen["activations"]),

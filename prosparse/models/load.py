@@ -156,7 +156,7 @@ def _load_gguf(file: Path, dtype: torch.dtype, attention: str) -> PreTrainedMode
         packed = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
         )
-    # Even dequantised it calls itself quantised and refuses to be saved: keep its weights, not the model.
+    # Even dequantized it calls itself quantized and refuses to be saved: keep its weights, not the model.
     model = build_model(_without_gguf(packed.config), packed.state_dict(), dtype, attention)
     model.generation_config = packed.generation_config
     return model

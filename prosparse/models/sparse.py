@@ -1,7 +1,7 @@
 """How a sparse model class is built: the stock class first, then a `SparseFFN` in place of every FFN.
 
 In: the config of a model under construction, its modules. Out: the config with an activation that the stock class
-knows, for as long as it needs one; scaled modules. An exported modelling file carries the text of what it needs.
+knows, for as long as it needs one; scaled modules. An exported modeling file carries the text of what it needs.
 """
 
 from collections.abc import Iterator
