@@ -16,7 +16,7 @@ from typing import Any
 
 LOWEST, HIGHEST = 1e-4, 10.0  # of λ
 FASTEST = log(1.5)  # change of log λ in a step
-INTEGRAL = 2  # integral time by T
+INTEGRAL = 3  # integral time by T
 SWEEP = (0.01, 0.0316, 0.1, 0.316, 1.0, 3.16)  # λ tried before the first step, ascending, until one suffices
 SWEEP_STEPS = 4  # with each of them
 
@@ -48,9 +48,9 @@ def factor(memory: dict[str, Any]) -> float:
 
 def observe(memory: dict[str, Any], sparsity: float, set_point: float, steps: int) -> None:
     """Take in what an applied step of a stage of `steps` steps was like, in place."""
-    time = max(5, steps // 12)
+    time = max(15, steps // 4)
     gain = 1 / (max(memory["slope"], 1e-4) * time)
-    memory["smoothed"] += (sparsity - memory["smoothed"]) / max(3, steps // 16)
+    memory["smoothed"] += (sparsity - memory["smoothed"]) / max(4, steps // 16)
     error = set_point - memory["smoothed"]
     change = gain * (error - memory["error"]) + gain * error / (INTEGRAL * time)
     memory["log"] += min(max(change, -FASTEST), FASTEST)

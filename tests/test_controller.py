@@ -30,7 +30,7 @@ def simulate(tau: float, slope: float, wrong: float, steps: int = 80, hold: int 
 def test_sparsity_follows_the_set_point_whatever_the_first_factor(tau, slope, wrong):
     wanted, found = simulate(tau, slope, wrong)
     assert abs(found[-1] - 0.75) < 0.01
-    assert max(abs(a - b) for a, b in zip(wanted[40:], found[40:], strict=True)) < 0.03
+    assert max(abs(a - b) for a, b in zip(wanted[40:], found[40:], strict=True)) < 0.045
 
 
 def test_what_is_out_of_reach_leaves_the_factor_at_its_bound_and_comes_back_at_once():

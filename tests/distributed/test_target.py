@@ -9,13 +9,13 @@ from conftest import metrics, tiny_overrides, trained
 pytestmark = pytest.mark.timeout(300)
 RECIPE = [
     "recipe=target",
-    "recipe.stages.substitution.steps=3",
-    "recipe.stages.rise.steps=40",
-    "recipe.stages.hold.steps=40",
+    "recipe.stages.substitution.steps=40",
+    "recipe.stages.rise.steps=80",
+    "recipe.stages.hold.steps=60",
     "recipe.batch.context=32",
-    "recipe.lr.peak=2e-3",
-    "recipe.stages.rise.l1.sparsity=0.65",
-    "recipe.stages.hold.l1.sparsity=0.65",
+    "recipe.lr.peak=1e-3",
+    "recipe.stages.rise.l1.sparsity=0.45",
+    "recipe.stages.hold.l1.sparsity=0.45",
     "save.every=10",
 ]
 
@@ -40,13 +40,13 @@ def test_sparsity_ends_where_it_was_asked_to(go):
     run = go("whole")
     rows = [row for row in metrics(run) if row["kind"] == "train"]
     (sweep,) = [row for row in metrics(run) if row["kind"] == "sweep"]
-    assert [row["target"] for row in rows[:3]] == [None] * 3 and rows[3]["l1_factor"] == sweep["l1_factor_mean"]
-    goals = [row["target"] for row in rows[3:]]
-    assert goals == sorted(goals) and goals[0] < sweep["before"] + 0.01 and goals[39:] == pytest.approx([0.65] * 41)
-    assert sum(row["sparsity"] for row in rows[-10:]) / 10 == pytest.approx(0.65, abs=0.015)
-    assert len({row["l1_factor"] for row in rows[3:]}) == 80
+    assert [row["target"] for row in rows[:40]] == [None] * 40 and rows[40]["l1_factor"] == sweep["l1_factor_mean"]
+    goals = [row["target"] for row in rows[40:]]
+    assert goals == sorted(goals) and goals[0] < sweep["before"] + 0.01 and goals[79:] == pytest.approx([0.45] * 61)
+    assert sum(row["sparsity"] for row in rows[-10:]) / 10 == pytest.approx(0.45, abs=0.015)
+    assert len({row["l1_factor"] for row in rows[40:]}) == 140
     report = json.loads((run / "report" / "report.json").read_text())
-    assert report["models"]["trained"]["sparsity"] == pytest.approx(0.65, abs=0.02)
+    assert report["models"]["trained"]["sparsity"] == pytest.approx(0.45, abs=0.02)
 
 
 @pytest.mark.parametrize("zero", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
