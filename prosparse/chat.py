@@ -5,16 +5,17 @@ token ids and labels, and int32 rows of `context` tokens in which documents lie 
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from itertools import takewhile
+from operator import eq
 from typing import Any
 
 import jinja2
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from prosparse.config import Source, Template
+from prosparse.config import Bos, Source, Template
 
-FORMAT = 1  # of the rows
+FORMAT = 2  # of the rows
 UNLABELED = -100
 PADDING = -1  # as a position
 COLUMNS = ("input_ids", "labels", "positions")  # of a row's file
@@ -74,31 +75,53 @@ def conversation(row: dict[str, Any], source: Source, where: str) -> str:
     return json.dumps(kept, ensure_ascii=False, separators=(",", ":"))
 
 
-def chat_template(tokenizer: PreTrainedTokenizerBase, choice: Template) -> str:
-    """The Jinja text of a named template, or of the tokenizer's own; ValueError if it has none."""
-    if choice is not Template.auto:
-        return TEMPLATES[choice]
-    if tokenizer.chat_template is None:
-        raise ValueError("the tokenizer has no chat template: set data.template=chatml, or the one of the model")
-    return tokenizer.get_chat_template()
+def chat_template(tokenizer: Any, choice: Template, bos: Bos) -> str:
+    """The Jinja text of a named template, which renders BOS first as `bos` says, or of the tokenizer's own as it is.
+
+    Raises ValueError if the tokenizer has none of its own.
+    """
+    if choice is Template.auto:
+        if tokenizer.chat_template is None:
+            raise ValueError("the tokenizer has no chat template: set data.template=chatml, or the one of the model")
+        return tokenizer.get_chat_template()
+    template, token = TEMPLATES[choice], tokenizer.bos_token
+    message = {"role": "user", "content": ""}
+    if bos is Bos.none or token is None or _render(tokenizer, template, [message], True).startswith(token):
+        return template  # ChatML where <|im_start|> is BOS has it already
+    return "{{ bos_token }}" + template
 
 
-def tokenize(tokenizer: Any, template: str, document: str, before: list[int], eos: int) -> Tokens:
-    """Ids and labels of a conversation (canonical JSON), `before` at its start and EOS at its end.
+def tokenize(tokenizer: Any, template: str, document: str, eos: int) -> Tokens:
+    """Ids and labels of a conversation (canonical JSON), with EOS at its end.
 
     What the template renders for an answer, beyond the prompt that it answers, is labeled, and EOS; all else is -100.
-    Each such piece is tokenized by itself, as at inference, where the prompt ends where the model goes on. What follows
-    the last answer is left out. Raises Unfit.
+    The ids are those of the whole text, so each prompt has those that it has by itself, at inference. Where it would
+    not have them, for a token reaches into the answer, the text after the prompt is tokenized by itself.
+    What follows the last answer is left out. Raises Unfit.
     """
-    ids, labels = list(before), [UNLABELED] * len(before)
-    pieces = list(_pieces(tokenizer, template, document))
-    last = pieces[-1][0].rstrip()
-    if last.endswith(tokenizer.eos_token):
-        pieces[-1] = (last, True)
-    for text, answers in pieces:
-        tokens = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        ids += tokens
-        labels += tokens if answers else [UNLABELED] * len(tokens)
+    texts = _texts(tokenizer, template, document)
+    answer = texts[-1].removeprefix(texts[-2]).rstrip()
+    if answer.endswith(tokenizer.eos_token):
+        texts[-1] = texts[-2] + answer
+    ids: list[int] = []
+    labels: list[int] = []
+    start, done = 0, 0  # of the texts, and of the characters
+    while start < len(texts):
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        made = tokenizer([text[done:] for text in texts[start:]], **options)["input_ids"]
+        last = len(made) - 1
+        prompts = range(start % 2, last, 2)
+        while torn := [i for i in prompts if i < last and made[i] != made[last][: len(made[i])]]:
+            last = torn[0]
+        whole = made[last]
+        learned = [UNLABELED] * len(whole)
+        for i in range(1 - start % 2, last + 1, 2):
+            same = sum(takewhile(bool, map(eq, made[i], whole)))  # a token over the answer's end is no part of it
+            answered = slice(len(made[i - 1]) if i else 0, same)
+            learned[answered] = whole[answered]
+        ids += whole
+        labels += learned
+        start, done = start + last + 1, len(texts[start + last])
     if ids[-1] != eos:
         ids.append(eos)
         labels.append(eos)
@@ -143,25 +166,24 @@ def _is_message(message: Any) -> bool:
     return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
-def _pieces(tokenizer: Any, template: str, document: str) -> Iterator[tuple[str, bool]]:
-    """The rendered text in pieces: (text, whether it is an answer), by turns."""
+def _texts(tokenizer: Any, template: str, document: str) -> list[str]:
+    """The rendered text from its beginning to the end of each prompt and of its answer, by turns."""
     messages = json.loads(document)
-    done = ""
-
-    def render(count: int, prompt: bool) -> str:
-        options = {"chat_template": template, "tokenize": False, "add_generation_prompt": prompt}
-        try:
-            return tokenizer.apply_chat_template(messages[:count], **options)
-        except (jinja2.TemplateError, TypeError) as error:
-            raise Unfit(document, f"does not fit the chat template, which says: {error}") from error
-
+    texts = [""]
     for number, message in enumerate(messages):
         if number == 0 or message["role"] != "assistant":
             continue
-        prompt, whole = render(number, True), render(number + 1, False)
-        if not (prompt.startswith(done) and whole.startswith(prompt)):
+        try:
+            prompt = _render(tokenizer, template, messages[:number], True)
+            whole = _render(tokenizer, template, messages[: number + 1], False)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise Unfit(document, f"does not fit the chat template, which says: {error}") from error
+        if not (prompt.startswith(texts[-1]) and whole.startswith(prompt)):
             raise Unfit(document, "is rendered so that a prompt is not the beginning of its answer")
-        bos = tokenizer.bos_token or ""
-        yield prompt[len(done) :] if done else prompt.removeprefix(bos), False
-        yield whole[len(prompt) :], True
-        done = whole
+        texts += [prompt, whole]
+    return texts[1:]
+
+
+def _render(tokenizer: Any, template: str, messages: list[dict[str, str]], prompt: bool) -> str:
+    options = {"chat_template": template, "tokenize": False, "add_generation_prompt": prompt}
+    return tokenizer.apply_chat_template(messages, **options)

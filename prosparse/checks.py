@@ -205,7 +205,13 @@ def _validate_train(config: Train) -> None:
             source.messages is None or source.prompt is None,
             f"data.sources.{name}.messages and .prompt are both given: keep messages, or prompt and answer",
         )
+    chats = {name for name, source in sources.items() if source.messages is not None or source.prompt is not None}
     for name, stage in config.recipe.stages.items():
+        require(
+            bool(stage.data) or len(chats) in (0, len(sources)),
+            f"recipe.stages.{name}.data is empty, so the stage would mix all of data.sources, and conversations "
+            f"({', '.join(sorted(chats))}) are among them: name the sources that it reads, with their weights",
+        )
         for wanted in stage.data:
             if wanted not in sources:
                 raise ValueError(

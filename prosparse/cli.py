@@ -204,7 +204,7 @@ def _export(config: schema.Export) -> dict:
 def _generate(config: schema.Generate) -> dict:
     import torch
 
-    from prosparse.generation import generate
+    from prosparse.generation import TooLong, generate
 
     typed = config.prompt is None
     if typed and not sys.stdin.isatty():
@@ -213,19 +213,25 @@ def _generate(config: schema.Generate) -> dict:
     model, tokenizer = _open(config)
     torch.manual_seed(config.seed)
     messages = [] if config.system is None else [{"role": "system", "content": config.system}]
-    turns = []
+    turns: list[dict] = []
     for line in _typed() if config.prompt is None else [config.prompt]:
         messages.append({"role": "user", "content": line})
-        turn = generate(
-            model,
-            tokenizer,
-            messages,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            chat=config.chat,
-            tell=lambda text: print(text, end="", file=sys.stderr, flush=True),
-        )
+        try:
+            turn = generate(
+                model,
+                tokenizer,
+                messages,
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                chat=config.chat,
+                tell=lambda text: print(text, end="", file=sys.stderr, flush=True),
+            )
+        except TooLong as error:
+            if not turns:
+                raise
+            print(f"the conversation ends here: {error}", file=sys.stderr)
+            break
         messages.append({"role": "assistant", "content": turn.answer})
         turns.append(asdict(turn))
         spoken = f"prompt {turn.prompt_tokens} tokens, sparsity {turn.sparsity_prefill:.2%}"

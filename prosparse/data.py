@@ -184,7 +184,7 @@ def _make(
         datasets.disable_progress_bars()
     digest = tokenizer_digest(tokenizer)
     made_from = [FORMAT, UNIT_CHARACTERS, UNIT_CONTEXT, identity(source, key), digest, control, data.held_out]
-    template = chat.chat_template(tokenizer, data.template) if chat.is_chat(source) else None
+    template = chat.chat_template(tokenizer, data.template, data.bos) if chat.is_chat(source) else None
     if template is not None:
         made_from += [chat.FORMAT, template]
     cache = Path(data.cache).expanduser()
@@ -220,7 +220,7 @@ def _tokenize(
 
     def tokenize_chats(unit: dict[str, Any]) -> dict[str, Any]:
         assert template is not None
-        made = [chat.tokenize(tokenizer, template, text, before, eos) for text in unit["texts"]]
+        made = [chat.tokenize(tokenizer, template, text, eos) for text in unit["texts"]]
         ids, labels = (np.concatenate([document[part] for document in made]) for part in (0, 1))
         return {"documents": len(made), "tokens": ids, "labels": labels, "lengths": [len(ids) for ids, _ in made]}
 

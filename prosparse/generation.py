@@ -32,7 +32,7 @@ class Generation:
     answer: str
     prompt_tokens: int
     generated_tokens: int
-    ended: str  # eos, max_new_tokens, or positions: the model has no more of them
+    ended: str  # eos, turn (the template's end of one), max_new_tokens, or positions: the model has no more of them
     sparsity_prefill: float
     sparsity_generated: float | None
     sparsity_by_layer: list[float] | None
@@ -40,12 +40,17 @@ class Generation:
     tokens_per_second: float | None
 
 
-class _Stream(TextStreamer):
-    """Tells the text as it comes, and when each token did."""
+class TooLong(ValueError):
+    """The prompt has more tokens than the model has positions."""
 
-    def __init__(self, tokenizer: Any, tell: Callable[[str], None]):
+
+class _Stream(TextStreamer):
+    """Tells the text as it comes, up to the template's end of a turn, and when each token came."""
+
+    def __init__(self, tokenizer: Any, turn_end: str, tell: Callable[[str], None]):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.tell = tell
+        self.tell, self.turn_end = tell, turn_end
+        self.held = ""  # may be the beginning of the end
         self.seconds: list[float] = []  # of the prompt and then of each token
 
     def put(self, value: Tensor) -> None:
@@ -53,7 +58,13 @@ class _Stream(TextStreamer):
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.tell(text + "\n" * stream_end)
+        self.held += text
+        sure = _until(self.held, self.turn_end)
+        if sure == self.held and not stream_end:
+            sure = sure[: max(0, len(sure) - len(self.turn_end))]
+        self.held = self.held[len(sure) :]
+        if sure or stream_end:
+            self.tell(sure + "\n" * stream_end)
 
 
 def generate(
@@ -71,23 +82,30 @@ def generate(
 
     Temperature 0 takes the likeliest token, any other samples with torch's global random state. With Chat.none, or
     without a template, the contents are one text, a line each, after BOS if the tokenizer has one.
-    The answer ends at EOS (of the model's generation config or the tokenizer), nothing else of that config is used.
-    Raises ValueError if the template refuses the messages, the model has too few positions, or an unknown FFN.
+    The answer ends at EOS (of the model's generation config or the tokenizer), nothing else of that config is used,
+    and before what the template renders at the end of an answer.
+    Raises ValueError if the template refuses the messages, or the model has an unknown FFN; TooLong.
     """
     ids = _encode(tokenizer, messages, chat)
     opened: Any = model  # whose methods transformers mixes in
     vocabulary, positions = opened.get_input_embeddings().num_embeddings, _positions(model)
     highest, length = max(ids), len(ids)
     require(highest < vocabulary, f"the tokenizer gives token {highest}, but the model has {vocabulary}: not its own")
-    require(length <= positions, f"the prompt has {length} tokens, the model {positions} positions: shorten it")
+    if length > positions:
+        raise TooLong(f"the prompt has {length} tokens, the model {positions} positions: shorten it")
     room = int(min(max_new_tokens, positions - length + 1))  # the last token needs no position
     ends = {*_as_list(opened.generation_config.eos_token_id), *_as_list(tokenizer.eos_token_id)}
-    stream = _Stream(tokenizer, tell)
+    turn_end = _turn_end(tokenizer, messages, chat)
+    stream = _Stream(tokenizer, turn_end, tell)
     statistics = [new_statistics(len(find_ffns(model)), model.device) for _ in ("prefill", "generated")]
 
     def count(layer: int, x1: Tensor, **routing: Any) -> None:
         counted = statistics[len(stream.seconds) > 1][layer]
         tally(counted, x1, x1.sign(), torch.tensor(x1.numel(), dtype=torch.float64))
+
+    def turn_ended(ids: Tensor, scores: Any) -> Tensor:
+        newest = ids[0, length:][-len(turn_end.encode()) :]  # tokens enough for the end's characters
+        return torch.tensor([bool(turn_end) and turn_end in tokenizer.decode(newest)], device=ids.device)
 
     prompt = torch.tensor([ids], device=model.device)
     own, opened.generation_config = opened.generation_config, GenerationConfig()
@@ -101,20 +119,24 @@ def generate(
                 **({"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}),
                 eos_token_id=sorted(ends) or None,
                 pad_token_id=min(ends, default=0),  # not used: a batch of one has no padding
+                stopping_criteria=[turn_ended],
                 streamer=stream,
             )
     finally:
         opened.generation_config = own
     new = whole[0, length:].tolist()
+    ended = "max_new_tokens" if room == max_new_tokens else "positions"
+    if new[-1] in ends or turn_ended(whole, None):
+        ended = "eos" if new[-1] in ends else "turn"
     prefill, generated = statistics
     layers = sparsity_by_layer(generated) if generated[:, COUNT].all() else None
     start, first, *_, last = [*stream.seconds, stream.seconds[-1]]
     return Generation(
         prompt=messages[-1]["content"],
-        answer=str(tokenizer.decode(new, skip_special_tokens=True)),
+        answer=_until(str(tokenizer.decode(new, skip_special_tokens=True)), turn_end),
         prompt_tokens=length,
         generated_tokens=len(new),
-        ended="eos" if new[-1] in ends else "max_new_tokens" if room == max_new_tokens else "positions",
+        ended=ended,
         sparsity_prefill=_mean(sparsity_by_layer(prefill)),
         sparsity_generated=None if layers is None else _mean(layers),
         sparsity_by_layer=layers,
@@ -136,6 +158,21 @@ def _encode(tokenizer: Any, messages: Sequence[dict[str, str]], chat: Chat) -> l
     ids = [*bos, *tokenizer(text, add_special_tokens=False, verbose=False).input_ids]
     require(len(ids) > 0, "the prompt has no token: give text")
     return ids
+
+
+def _turn_end(tokenizer: Any, messages: Sequence[dict[str, str]], chat: Chat) -> str:
+    """What the chat template renders after an answer to `messages`, without white space around it; may be empty."""
+    if chat is Chat.none or tokenizer.chat_template is None:
+        return ""
+    answer = {"role": "assistant", "content": "ANSWER"}
+    try:
+        return tokenizer.apply_chat_template([*messages, answer], tokenize=False).rpartition("ANSWER")[2].strip()
+    except TemplateError:
+        return ""
+
+
+def _until(text: str, end: str) -> str:
+    return text.partition(end)[0] if end else text
 
 
 def _positions(model: PreTrainedModel) -> float:

@@ -147,7 +147,8 @@ def _open_claimed(config: Train, folder: Path, rank: int, world: int, device: to
     tokenizer = agree(lambda: load_tokenizer(own) if own else load_tokenizer(config.model.source, **_opening(config)))
     agree(lambda: _check_teacher(config, text_config, tokenizer))
     if config.data.template is not Template.auto:
-        tokenizer.chat_template = chat.TEMPLATES[config.data.template]  # which checkpoints and the export carry
+        template = chat.chat_template(tokenizer, config.data.template, config.data.bos)
+        tokenizer.chat_template = template  # which checkpoints and the export carry
     # One rank prepares the text, all of them open it.
     text = (config.data, tokenizer, schedule.contexts(recipe), text_config.vocab_size)
     folders = from_rank_zero(interruptible(lambda: {n: made.folders for n, made in prepare(*text).items()}))

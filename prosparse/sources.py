@@ -123,12 +123,13 @@ def _refuse_text(source: Source, path: Any, key: str) -> None:
 
 def _texts(rows: Iterable[Any], source: Source, where: str) -> Iterator[str]:
     columns = chat.columns(source)
+    other = "" if chat.is_chat(source) else "; if it holds conversations, set `messages`, or `prompt` and `answer`"
     for number, row in enumerate(rows, 1):
         for key, column in columns.items():
             if not isinstance(row, dict) or column not in row:
                 has = ", ".join(row) if isinstance(row, dict) else "none"
                 raise ValueError(
-                    f"{where}: row {number} has no column {column!r}: set `{key}` to one that it has ({has})"
+                    f"{where}: row {number} has no column {column!r}: set `{key}` to one that it has ({has}){other}"
                 )
         if chat.is_chat(source):
             text = chat.conversation(row, source, f"{where}: row {number}")
@@ -136,7 +137,7 @@ def _texts(rows: Iterable[Any], source: Source, where: str) -> Iterator[str]:
             text = "" if row[source.column] is None else row[source.column]
         if not isinstance(text, str):
             told = f"{source.column!r} but {text!r:.40}: set another `column`"
-            raise ValueError(f"{where}: row {number} has no text in {told}")
+            raise ValueError(f"{where}: row {number} has no text in {told}{other}")
         yield text.encode("utf-8", "replace").decode()  # JSON may hold half of a surrogate pair
 
 

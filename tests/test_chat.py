@@ -10,13 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import tiny_llama
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from prosparse import data as module
-from prosparse.chat import COUNTS, TEMPLATES, pack
-from prosparse.config import Bos, Data, Source, Template
+from prosparse.chat import COUNTS, TEMPLATES, chat_template, pack, tokenize
+from prosparse.config import Bos, Chat, Data, Source, Template
 from prosparse.data import Rows, batch, is_held_out, mixture, prepare
+from prosparse.generation import _encode
 from prosparse.sources import documents
 from prosparse.sparsity import language_loss, measure
 
@@ -109,7 +110,12 @@ BRACKETS = (  # renders BOS itself
             {"template": Template.auto},
             [("<s>[user]ab[assistant]", False), ("c</s>", True), ("[user]d[assistant]", False), ("ef</s>", True)],
         ),
-        (["ab", "c"], {"template": Template.auto, "bos": Bos.none}, [("[user]ab[assistant]", False), ("c</s>", True)]),
+        (
+            ["ab", "c"],  # a template of the tokenizer's own says itself where BOS stands
+            {"template": Template.auto, "bos": Bos.none},
+            [("<s>[user]ab[assistant]", False), ("c</s>", True)],
+        ),
+        (["ab", "c"], {"template": Template.minicpm, "bos": Bos.none}, [("<用户>ab<AI>", False), ("c</s>", True)]),
     ],
 )
 def test_labels_are_on_answers_and_the_end_only(make_data, said, settings, written_out):
@@ -152,6 +158,70 @@ def test_prompt_and_answer_and_every_format_give_the_same_rows(tmp_path, make_da
     for path in (tmp_path / "x.parquet", f"hub://{tmp_path / 'hub'}"):
         data = make_data(sources={"chat": Source(path=str(path), messages="m")})
         assert np.array_equal(everything(data, characters()), wanted)
+
+
+# --- as at inference --------------------------------------------------------------------------------------------------
+
+PLAIN = (  # no BOS, and no mark where an answer ends
+    "{% for m in messages %}[{{ m['role'] }}]\n{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]\n{% endif %}"
+)
+SAID = ("often a gate", "fires, or rests.", "why the\n layer", "neurons", "and then", " it counts")
+
+
+def trained(kind: str) -> PreTrainedTokenizerFast:
+    """A tokenizer trained on what is said; ChatML's marks are common text to it."""
+    backend = Tokenizer(models.BPE())
+    more: dict = {}
+    if kind == "bytes":
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder, more = decoders.ByteLevel(), {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    else:
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(prepend_scheme="first"), decoders.Metaspace()
+    text = ["<用户> <AI> <|im_start|> <|im_end|> user assistant\n", *SAID, *map(chr, range(32, 127))]
+    special = ["<s>", "</s>"]
+    backend.train_from_iterator(text, trainers.BpeTrainer(vocab_size=500, special_tokens=special, **more))
+    if kind == "prepended":  # as Llama 2 and MiniCPM have it
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.pre_tokenizer = None
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "metaspace", "prepended"])
+@pytest.mark.parametrize("template", [Template.chatml, Template.minicpm, BRACKETS, PLAIN])
+def test_every_prompt_of_a_row_has_the_tokens_of_inference(kind, template):
+    tokenizer = trained(kind)
+    named = isinstance(template, Template)
+    tokenizer.chat_template = None if named else template
+    tokenizer.chat_template = chat_template(tokenizer, template if named else Template.auto, Bos.auto)
+    ids, labels = tokenize(tokenizer, tokenizer.chat_template, json.dumps(chat(*SAID)), tokenizer.eos_token_id)
+    for k in (1, 3, 5):
+        prompt = _encode(tokenizer, chat(*SAID)[:k], Chat.auto)
+        assert ids[: len(prompt)] == prompt and labels[len(prompt) - 1] == -100 != labels[len(prompt)]
+    assert ids.count(tokenizer.bos_token_id) == (template != PLAIN)
+    learned = [list(group) for is_label, group in groupby(labels, key=lambda label: label != -100) if is_label]
+    assert len(learned) == 3
+    for answer, said in zip(learned, SAID[1::2], strict=True):
+        assert said.strip() in (text := tokenizer.decode(answer)) and "user" not in text
+
+
+def test_a_token_over_the_end_of_a_prompt_is_cut_as_at_inference():
+    vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", *"abcd", "ab", "cd"])}
+    backend = Tokenizer(models.BPE(vocabulary, [("a", "b"), ("c", "d")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    ids, labels = tokenize(tokenizer, template, json.dumps(chat("ca", "bc", "da", "bb")), tokenizer.eos_token_id)
+    assert tokenizer.convert_ids_to_tokens(ids) == ["c", "a", "b", "cd", "a", "b", "b", "</s>"]
+    assert [label != -100 for label in labels] == [False, False, True, False, False, True, True, True]
+
+
+@pytest.mark.parametrize(("bos", "begins"), [("<s>", "<s><|im_start|>"), ("<|im_start|>", "<|im_start|>user")])
+def test_a_named_template_renders_bos_once(bos, begins):
+    tokenizer = characters()
+    tokenizer.bos_token = bos
+    template = chat_template(tokenizer, Template.chatml, Bos.auto)
+    assert tokenizer.apply_chat_template(chat("a"), chat_template=template, tokenize=False).startswith(begins)
+    assert chat_template(tokenizer, Template.chatml, Bos.none) == TEMPLATES[Template.chatml]
 
 
 # --- packing ----------------------------------------------------------------------------------------------------------

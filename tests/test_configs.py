@@ -42,6 +42,7 @@ def test_every_choice_of_every_group_composes(group, choice):
         "target": ["recipe.stages.rise.l1.sparsity=0.8", "recipe.stages.rise.l1.factor=0"] * group.startswith("stage"),
         "prosparse_1b": ["data=minicpm"],
         "turbosparse": ["data.sources.wanjuan_cc.path=x"],
+        "minicpm": ["recipe=prosparse_1b"],
     }.get(choice, [])
     compose("train", ["run_dir=x", f"{group}={choice}", *needed])
 
@@ -90,9 +91,15 @@ BAD = [
     ("data.sources.stdlib.weight=0", "data.sources.stdlib.weight"),
     ("data.sources.stdlib.prompt=q", "data.sources.stdlib.prompt and .answer belong together"),
     ("data.sources.stdlib={path: x, messages: m, prompt: q, answer: a}", "data.sources.stdlib.messages and .prompt"),
+    ("data=minicpm", "recipe.stages.substitution.data is empty, so the stage would mix all of data.sources, and conv"),
     ("data.template=llama", "data.template"),
     ("+recipe.stages.rise.data.wiki=1", "recipe.stages.rise.data.wiki: no such source"),
 ]
+
+
+def test_stages_that_name_no_data_may_read_conversations_if_there_is_nothing_else():
+    chats = "data.sources.stdlib={path: x.jsonl, messages: m}"
+    assert compose("train", ["experiment=demo", chats]).data.sources["stdlib"].messages == "m"
 
 
 @pytest.mark.parametrize(("override", "message"), BAD)

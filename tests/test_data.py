@@ -327,6 +327,13 @@ def test_a_column_that_holds_no_text_is_named(tmp_path, make_data, tiny_tokenize
     refused(data, tiny_tokenizer, "data.sources.x: .* row 2 has no text in 'text' but 7")
 
 
+@pytest.mark.parametrize(("column", "told"), [("text", "no column 'text'"), ("messages", "no text in 'messages' but")])
+def test_conversations_read_as_text_are_told_how_to_name_them(tmp_path, make_data, tiny_tokenizer, column, told):
+    (tmp_path / "x.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    data = make_data(sources={"x": Source(path=str(tmp_path / "x.jsonl"), column=column)})
+    refused(data, tiny_tokenizer, f"{told}.*; if it holds conversations, set `messages`, or `prompt` and `answer`$")
+
+
 def test_a_line_that_is_not_json_is_named(tmp_path, make_data, tiny_tokenizer):
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n\nnot json\n')
     refused(

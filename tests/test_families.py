@@ -126,6 +126,14 @@ def test_documents_of_a_row_are_kept_apart_or_the_model_is_refused_for_chats(fam
         engine.check_packing(model, config)
 
 
+def test_a_model_that_is_not_finite_is_not_taken_for_one_that_keeps_documents_apart(monkeypatch):
+    monkeypatch.setattr(engine, "on_any_rank", lambda *flags: list(flags))
+    model = base_model("llama")
+    model.get_input_embeddings().weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="does not keep the documents"):
+        engine.check_packing(model, compose("train", ["experiment=demo"]))
+
+
 def test_the_kernel_for_experts_on_a_gpu_computes_what_the_loop_computes():
     generator = torch.Generator().manual_seed(0)
     rows, weights = torch.randn(10, 16, generator=generator), torch.randn(4, 8, 16, generator=generator)

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,13 +34,13 @@ MARKS = ("<|im_start|>", "<|im_end|>")
 PROMPT = "w07 w12 w31 w05 w80"
 
 
-def words(template: str | None = None, **special: str) -> PreTrainedTokenizerFast:
+def words(template: str | None = None, **special) -> PreTrainedTokenizerFast:
     """A tokenizer of the 96 tokens w00 to w93, <|im_start|> and <|im_end|>; BOS is w01."""
     vocabulary = {name: i for i, name in enumerate([*(f"w{i:02}" for i in range(94)), *MARKS])}
     raw = Tokenizer(WordLevel(vocabulary, unk_token="w00"))
     raw.pre_tokenizer = Whitespace()
-    special = {"bos_token": "w01", "unk_token": "w00"} | special
-    made = PreTrainedTokenizerFast(tokenizer_object=raw, additional_special_tokens=list(MARKS), **special)
+    special = {"bos_token": "w01", "unk_token": "w00", "additional_special_tokens": list(MARKS)} | special
+    made = PreTrainedTokenizerFast(tokenizer_object=raw, **special)
     made.chat_template = template
     return made
 
@@ -123,6 +124,21 @@ def test_the_template_decides_about_its_own_text():
         generate(base_model("llama"), words(), system)
 
 
+@pytest.mark.parametrize("length", [1, 2])
+def test_an_answer_ends_before_what_the_template_renders_after_one(length):
+    asked = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %} END \n{% endif %}{% endfor %}"
+    new = greedy(base_model("llama"), ids_of(PROMPT), 5 + length)[5:]
+    end = words().decode(new[5:])
+    pieces: list[str] = []
+    turn = say(base_model("llama"), words(asked.replace("END", end)), tell=pieces.append)
+    assert (turn.generated_tokens, turn.ended) == (5 + length, "turn")
+    assert turn.answer.split() == words().decode(new[:5]).split() and "".join(pieces) == turn.answer + "\n"
+    special = words(asked.replace("END", end), additional_special_tokens=end.split())
+    assert say(base_model("llama"), special).answer.split() == turn.answer.split()
+    other = say(base_model("llama"), words(asked.replace("END", "w95")))
+    assert (other.generated_tokens, other.ended) == (12, "max_new_tokens")
+
+
 def test_the_positions_of_the_model_are_an_end():
     model = base_model("llama")
     model.config.max_position_embeddings = 8
@@ -200,6 +216,21 @@ def test_a_release_answers_at_the_command_line(bamboo, tmp_path, capsys):
         model(torch.tensor([ids]))
     assert result["sparsity_prefill"] == pytest.approx(sum(shares(heard, 0, 10, 10)) / 2, abs=1e-9)
     assert 0.6 < result["sparsity_prefill"] < 0.9  # dReLU
+
+
+def test_a_conversation_that_outgrows_the_positions_keeps_its_turns(bamboo, tmp_path, capsys, monkeypatch):
+    model = shutil.copytree(bamboo, tmp_path / "short")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
+    lines = iter(["w07 w08\n", "w09 " * 9, "w10"])
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True, readline=lambda: next(lines)))
+    options = [f"checkpoint={model}", "dtype=fp32", "device=cpu", "max_new_tokens=4", f"out={tmp_path / 'out'}"]
+    assert main(["generate", *options]) == 0
+    said = capsys.readouterr()
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert [turn["prompt"] for turn in result["turns"]] == ["w07 w08"] and result == json.loads(said.out)
+    assert said.err.count("the conversation ends here: the prompt has ") == 1 and next(lines) == "w10"
+    assert main(["generate", *options[:-1], "prompt=" + "w09 " * 20]) == 2
 
 
 BAD = {

@@ -44,7 +44,7 @@ def test_a_stage_on_conversations_counts_what_is_not_padding_and_the_model_carri
     read = [row["tokens"] - before for row, before in zip(rows, [0, *(row["tokens"] for row in rows)], strict=False)]
     assert read[:7] == [4 * CONTEXT] * 7 and all(2 * CONTEXT < count < 4 * CONTEXT for count in read[7:])
     for folder in (go.root / "whole" / "model", go.root / "whole" / "checkpoints" / "step-00000010" / "skeleton"):
-        assert AutoTokenizer.from_pretrained(folder).chat_template == TEMPLATES[Template.minicpm]
+        assert AutoTokenizer.from_pretrained(folder).chat_template == "{{ bos_token }}" + TEMPLATES[Template.minicpm]
     assert {row["model"] for row in metrics(go.root / "whole") if "model" in row} >= {"base", "shifted", "exported"}
 
 
