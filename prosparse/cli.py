@@ -179,9 +179,9 @@ def _predict(config: schema.Predict) -> dict:
 
     model, tokenizer = _open(config)
     how: dict = {key: getattr(config, key) for key in ("bos", "column", "cache", "held_out")}
-    rows = text_splits(config.text, tokenizer, config.context, **how)
+    rows: Any = text_splits(config.text, tokenizer, config.context, **how)
     asked = {key: getattr(config, key) for key in ("checkpoint", "text", "held_out", "context", "top")}
-    result = predict(model, *rows, config) | asked | _conditions(config, model)
+    result = predict(model, rows[0], rows[1], config) | asked | _conditions(config, model)
     _write_result(Path(config.out).expanduser(), result)
     return result
 
@@ -226,7 +226,12 @@ def _export_powerinfer(config: schema.Export, model: Any, tokenizer: Any) -> dic
     assert config.predictors is not None
     rows = None if config.text is None else _rows(config, tokenizer, None)
     chosen = None if rows is None else [rows[i] for i in spread(len(rows), config.rows)]
-    how: dict = {"quantization": config.quantization, "drop_threshold": config.drop_threshold, "rows": chosen}
+    how: dict = {
+        "quantization": config.quantization,
+        "drop_threshold": config.drop_threshold,
+        "rows": chosen,
+        "text": config.text,
+    }
     return export_powerinfer(model, tokenizer, config.predictors, config.out, **how, batch=config.batch)
 
 

@@ -1,7 +1,6 @@
 """The schema: plain dataclasses that type every key. checks.py holds what must be true across keys.
 
-In: nothing. Out: `Train`, `Prepare`, `Measure`, `Predict`, `ShiftCheckpoint`, `Export`, `Generate` and the parts they are
-made of.
+In: nothing. Out: `Train`, `Prepare`, `Measure`, `Predict`, `ShiftCheckpoint`, `Export`, `Generate` and their parts.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -366,7 +365,7 @@ class Measure:
 
 @dataclass
 class Predict:
-    """`prosparse predict`: the published settings of its training (ProSparse, section 4.4), unless it says otherwise."""
+    """`prosparse predict`: optimizer, batch and epochs are the published ones of ProSparse's predictors."""
 
     checkpoint: str = MISSING
     text: str = MISSING

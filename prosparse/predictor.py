@@ -50,7 +50,7 @@ class Predictor(nn.Module):
         return self.fc2(F.relu(self.fc1(hidden.float())))
 
 
-def places(model: PreTrainedModel) -> list[tuple[nn.Module, nn.Module]]:
+def places(model: PreTrainedModel) -> list[tuple[Any, Any]]:
     """Of every layer the module that the residual before the FFN's norm enters, and the one that x1 enters.
 
     Raises ValueError for layers that are not like Llama's: parallel, with more norms, ungated, with experts.
@@ -306,9 +306,7 @@ def predict(
             sweep.append(
                 {
                     "cutoff": cutoff,
-                    "recall": sum(
-                        part.recall[number] * weight for part, weight in zip(seen, share.tolist(), strict=True)
-                    ),
+                    "recall": sum(share[layer].item() * part.recall[number] for layer, part in enumerate(seen)),
                     "predicted_sparsity": sum(part.predicted_sparsity[number] for part in seen) / layers,
                     "perplexity": perplexity,
                 }

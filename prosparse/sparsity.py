@@ -145,7 +145,7 @@ def save_neurons(fired: Sequence[Tensor], text: str, folder: Path) -> dict:
     """
     frequencies = [frequency.float().cpu() for frequency in fired]
     sets = [hot(frequency) for frequency in frequencies]
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for layer, (frequency, warm) in enumerate(zip(frequencies, sets, strict=True)):
         tensors |= {f"layers.{layer}.frequency": frequency, f"layers.{layer}.hot": warm}
     save_file(tensors, folder / "neurons.safetensors", metadata={"text": text})

@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,13 @@ def export_powerinfer(
     quantization: Quantization = Quantization.f16,
     drop_threshold: bool = False,
     rows: Sequence[np.ndarray] | None = None,
+    text: str | None = None,
     batch: int = 4,
 ) -> dict:
     """Write `model` for PowerInfer to the folder `out`, or as DIR/NAME.gguf, and return what was written.
 
     Weights are f16, with q4_0 those of 32-divisible rows are Q4_0 except output, predictors and norms (f32). A
-    threshold is written only with drop_threshold, as 0; what that costs is then measured on `rows` if they are given.
+    threshold is written only with drop_threshold, as 0; what that costs is then measured on `rows` of `text` if they are given.
     The threshold of `model` is dropped in place.
     Raises ValueError for what PowerInfer cannot compute and for predictors of another model. Nothing is left behind
     by a failure.
@@ -80,6 +82,7 @@ def export_powerinfer(
     config = model.config
     shape = (config.num_hidden_layers, config.hidden_size, config.intermediate_size)
     learned, cutoff = load_predictors(predictors, *shape)
+    vocabulary = _vocabulary(tokenizer, config.vocab_size)
     dropped: dict[str, Any] = {}
     if threshold > 0:
         dropped = {"dropped_threshold": threshold}
@@ -89,7 +92,8 @@ def export_powerinfer(
         if rows is not None and before is not None:
             after = measure(model, rows, batch=batch)
             for when, seen in (("before", before), ("after", after)):
-                dropped[when] = {"sparsity": seen.sparsity, "perplexity": seen.perplexity, "tokens": seen.tokens}
+                dropped[when] = {"sparsity": seen.sparsity, "perplexity": seen.perplexity}
+            dropped |= {"text": text, "tokens": before.tokens}
             print(
                 f"without the threshold: sparsity {before.sparsity:.2%} -> {after.sparsity:.2%}, perplexity "
                 f"{before.perplexity:.3f} -> {after.perplexity:.3f}",
@@ -97,7 +101,6 @@ def export_powerinfer(
             )
     if isinstance(model, MiniCPMForCausalLM):
         model = fold_minicpm(model)
-    vocabulary = _vocabulary(tokenizer, config.vocab_size)
     tensors = _tensors(model, [dict(predictor.state_dict()) for predictor in learned], quantization)
     warning = _splits_otherwise(tokenizer)
     if warning is not None:
@@ -217,7 +220,7 @@ def _tensors(
         for ours, theirs in NAMES.items():
             values = weights[f"model.layers.{layer}.{ours}.weight"]
             if theirs in heads:
-                add(f"blk.{layer}.{theirs}", values, packed, lambda rows, n=heads[theirs]: interleaved(rows, n))
+                add(f"blk.{layer}.{theirs}", values, packed, partial(interleaved, heads=heads[theirs]))
             elif theirs == "ffn_down_t":
                 add(f"blk.{layer}.{theirs}", values, packed, Tensor.t)
             else:
@@ -254,9 +257,7 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Callable
     added = {token["id"]: token for token in backend["added_tokens"]}
     texts = {number: text for text, number in model["vocab"].items()} | {i: t["content"] for i, t in added.items()}
     if max(texts) >= vocab_size:
-        raise ValueError(
-            f"the tokenizer has ids up to {max(texts)} and the model {vocab_size} tokens: take its own one"
-        )
+        raise ValueError(f"the tokenizer has ids up to {max(texts)}, the model {vocab_size} tokens: take its own")
     # SentencePiece joins the pair with the best score first; a token's first merge stands for its place in that order.
     first: dict[str, int] = {}
     for place, merge in enumerate(merges):
