@@ -69,9 +69,9 @@ def export_powerinfer(
 ) -> dict:
     """Write `model` for PowerInfer to the folder `out`, or as DIR/NAME.gguf, and return what was written.
 
-    Weights are f16, with q4_0 those of 32-divisible rows are Q4_0 except output, predictors and norms (f32). A
-    threshold is written only with drop_threshold, as 0; what that costs is then measured on `rows` of `text` if they are given.
-    The threshold of `model` is dropped in place.
+    Weights are f16; with q4_0 those whose rows divide by 32 are Q4_0, but for output and predictors; norms are f32.
+    A model with a threshold is written only with drop_threshold: it is then dropped from `model`, in place, and what
+    that does is measured if `rows`, of `text`, are given.
     Raises ValueError for what PowerInfer cannot compute and for predictors of another model. Nothing is left behind
     by a failure.
     """
