@@ -18,10 +18,10 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerF
 
 from prosparse.cli import main
 from prosparse.config import Quantization
-from prosparse.exporters.hf import export_hf_model
 from prosparse.exporters.powerinfer import export_powerinfer
 from prosparse.ffn import substitute
-from prosparse.models.load import load_tokenizer
+from prosparse.models.formats import released_config
+from prosparse.models.load import build_model, load_tokenizer
 from prosparse.predictor import load_predictors, only_predicted
 
 TOKEN_IDS = torch.arange(2 * 24).reshape(2, 24) * 37 % 96
@@ -357,8 +357,8 @@ def test_bad_input_is_one_line_and_exit_code_2(bpe, predictors, tmp_path, capsys
 
 def test_a_dropped_threshold_is_told_and_measured(bpe, predictors, tmp_path, capsys):
     model = relu_llama()
-    substitute(model, "fatrelu", 0.5)
-    export_hf_model(model, bpe, tmp_path / "fatrelu", torch.float32)
+    cut = released_config(model.config, "fatrelu", 0.5)
+    saved(tmp_path / "fatrelu", build_model(cut, model.state_dict(), torch.float32), bpe)
     (tmp_path / "text.txt").write_text("the sparse neuron rests. " * 60)
     given = [f"checkpoint={tmp_path}/fatrelu", f"predictors={predictors}", f"out={tmp_path}/out", "context=16"]
     given += ["format=powerinfer", "drop_threshold=true", f"text={tmp_path}/text.txt", f"cache={tmp_path}/cache"]
