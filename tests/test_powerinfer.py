@@ -272,6 +272,16 @@ def test_a_sentencepiece_tokenizer_gives_the_same_ids_by_its_scores(predictors, 
     assert result["warning"] is None
 
 
+def test_scores_keep_the_order_of_the_merges(predictors, tmp_path):
+    vocabulary = {text: place for place, text in enumerate(["<unk>", "▁", "a", "b", "c", "ab", "bc"])}
+    raw = Tokenizer(models.BPE(vocabulary, [("b", "c"), ("a", "b")], byte_fallback=True, unk_token="<unk>"))
+    raw.normalizer = normalizers.Prepend("▁")
+    words = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
+    file, _ = exported(relu_llama(), words, predictors, tmp_path / "out")
+    tokens, scores = (file.keys[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores"))
+    assert joined_by_score("abc", tokens, scores) == words("abc")["input_ids"] == [1, 2, 6]
+
+
 def test_a_newer_pre_tokenizer_is_warned_of_with_an_example(bpe, predictors, tmp_path, capsys):
     raw = Tokenizer.from_str(bpe.backend_tokenizer.to_str())
     raw.pre_tokenizer = pre_tokenizers.Sequence(
