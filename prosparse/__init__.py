@@ -22,6 +22,7 @@ _HOMES = {
     "text_rows": "prosparse.data",
     "measure": "prosparse.sparsity",
     "shift": "prosparse.threshold",
+    "predict": "prosparse.predictor",
     "generate": "prosparse.generation",
     "export": "prosparse.exporters.hf",
     "train": "prosparse.trainer",

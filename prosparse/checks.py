@@ -12,6 +12,8 @@ from prosparse.config import (
     L1,
     Activation,
     Control,
+    Export,
+    ExportFormat,
     Generate,
     Guard,
     L1Shape,
@@ -19,6 +21,7 @@ from prosparse.config import (
     LrSchedule,
     Measure,
     PenaltyUnit,
+    Predict,
     Recipe,
     Shift,
     ShiftCheckpoint,
@@ -46,12 +49,18 @@ def validate(config: Any) -> None:
             (shift.threshold is None) != (shift.budget is None), "give either threshold=T or budget=B, for one of them"
         )
         _validate_shift(shift, "")
-    if isinstance(config, Measure | ShiftCheckpoint):
+    if isinstance(config, Measure | ShiftCheckpoint | Predict):
         require(config.context >= 2, f"context is {config.context}: a row needs at least 2 tokens")
         require(config.batch >= 1, f"batch is {config.batch}: give at least 1")
         _validate_device(config.device)
     if isinstance(config, Measure) and config.held_out is not None:
         require(0 < config.held_out < 1, f"held_out is {config.held_out}: give a share between 0 and 1, or null")
+    if isinstance(config, Measure):
+        require(not config.neurons or config.out is not None, "neurons=true writes a file: give out=DIR")
+    if isinstance(config, Predict):
+        _validate_predict(config)
+    if isinstance(config, Export) and config.format is ExportFormat.powerinfer:
+        require(config.predictors is not None, "predictors is missing: give predictors=DIR, made by prosparse predict")
     if isinstance(config, Generate):
         _validate_generate(config)
 
@@ -269,6 +278,18 @@ def _validate_generate(config: Generate) -> None:
     require(top_p == 1 or temperature > 0, f"top_p is {top_p}, but temperature 0 does not sample: give a temperature")
     require(config.threads is None or config.threads >= 1, f"threads is {config.threads}: give at least 1, or null")
     _validate_device(config.device)
+
+
+def _validate_predict(config: Predict) -> None:
+    for name in ("held_out", "recall", "top"):
+        share = getattr(config, name)
+        require(share is None or 0 < share < 1, f"{name} is {share}: give a share between 0 and 1")
+    for name in ("rows", "evaluate_rows", "rank", "epochs", "patience", "tokens"):
+        number = getattr(config, name)
+        require(number is None or number >= 1, f"{name} is {number}: give at least 1")
+    require(isfinite(config.lr) and config.lr > 0, f"lr is {config.lr}: give a positive learning rate")
+    require(isfinite(config.cutoff), f"cutoff is {config.cutoff}: give a finite number")
+    require(config.threads is None or config.threads >= 1, f"threads is {config.threads}: give at least 1, or null")
 
 
 def _validate_guard(guard: Guard) -> None:

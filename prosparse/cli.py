@@ -32,13 +32,14 @@ SCHEMAS: dict[str, type] = {
     "train": schema.Train,
     "prepare": schema.Prepare,
     "measure": schema.Measure,
+    "predict": schema.Predict,
     "shift": schema.ShiftCheckpoint,
     "export": schema.Export,
     "generate": schema.Generate,
 }
 VERBATIM = ("prompt", "system")
 FREE_TEXT = re.compile(
-    r"^(prompt|system|run_dir|resume|fork|teacher|checkpoint|text|out|model\.source|"
+    r"^(prompt|system|run_dir|resume|fork|teacher|checkpoint|text|out|predictors|model\.source|"
     r"data\.(cache|tokenizer|sources\.\w+\.path))="
 )
 USAGE = f"""usage: prosparse VERB key=value ...
@@ -148,12 +149,15 @@ def _prepare(config: schema.Prepare) -> dict:
 
 
 def _measure(config: schema.Measure) -> dict:
-    from prosparse.sparsity import measure, spread
+    from prosparse.sparsity import measure, save_neurons, spread
 
     out = _claim(config.out)
     model, tokenizer = _open(config)
     rows = _rows(config, tokenizer, config.held_out)
-    result = asdict(measure(model, rows, batch=config.batch, indices=spread(len(rows), config.rows)))
+    fired: list | None = [] if config.neurons else None
+    result = asdict(measure(model, rows, batch=config.batch, indices=spread(len(rows), config.rows), fired=fired))
+    if out is not None and fired is not None:
+        result["neurons"] = save_neurons(fired, config.text, out)
     result |= {
         "checkpoint": config.checkpoint,
         "text": config.text,
@@ -167,6 +171,19 @@ def _measure(config: schema.Measure) -> dict:
         f"perplexity {result['perplexity']:.3f}  sparsity {result['sparsity']:.2%}  on {result['tokens']:,} tokens",
         file=sys.stderr,
     )
+    return result
+
+
+def _predict(config: schema.Predict) -> dict:
+    from prosparse.data import text_splits
+    from prosparse.predictor import predict
+
+    model, tokenizer = _open(config)
+    how: dict = {key: getattr(config, key) for key in ("bos", "column", "cache", "held_out")}
+    rows: Any = text_splits(config.text, tokenizer, config.context, **how)
+    asked = {key: getattr(config, key) for key in ("checkpoint", "text", "held_out", "context", "top")}
+    result = predict(model, rows[0], rows[1], config) | asked | _conditions(config, model)
+    _write_result(Path(config.out).expanduser(), result)
     return result
 
 
@@ -193,12 +210,30 @@ def _export(config: schema.Export) -> dict:
     from prosparse.exporters.hf import export_hf_model
     from prosparse.models.load import load_model, load_tokenizer
 
-    dtype = _dtype(config.dtype)
+    dtype = _dtype(schema.Dtype.fp32 if config.format is schema.ExportFormat.powerinfer else config.dtype)
     trust: dict = {"trust_remote_code": config.trust_remote_code}
     model = load_model(config.checkpoint, dtype=dtype, trust_pickle=config.trust_pickle, **trust)
     tokenizer = load_tokenizer(config.checkpoint, **trust)
+    if config.format is schema.ExportFormat.powerinfer:
+        return _export_powerinfer(config, model, tokenizer)
     exporters = {schema.ExportFormat.hf: export_hf_model}
     return exporters[config.format](model, tokenizer, config.out, dtype)
+
+
+def _export_powerinfer(config: schema.Export, model: Any, tokenizer: Any) -> dict:
+    from prosparse.exporters.powerinfer import export_powerinfer
+    from prosparse.sparsity import spread
+
+    assert config.predictors is not None
+    rows = None if config.text is None else _rows(config, tokenizer, None)
+    chosen = None if rows is None else [rows[i] for i in spread(len(rows), config.rows)]
+    how: dict = {
+        "quantization": config.quantization,
+        "drop_threshold": config.drop_threshold,
+        "rows": chosen,
+        "text": config.text,
+    }
+    return export_powerinfer(model, tokenizer, config.predictors, config.out, **how, batch=config.batch)
 
 
 def _generate(config: schema.Generate) -> dict:
@@ -260,13 +295,14 @@ RUN: dict[str, Callable[[Any], dict]] = {
     "train": _train,
     "prepare": _prepare,
     "measure": _measure,
+    "predict": _predict,
     "shift": _shift,
     "export": _export,
     "generate": _generate,
 }
 
 
-def _open(config: schema.Measure | schema.ShiftCheckpoint | schema.Generate) -> tuple[Any, Any]:
+def _open(config: schema.Measure | schema.Predict | schema.ShiftCheckpoint | schema.Generate) -> tuple[Any, Any]:
     import torch
 
     from prosparse.models.load import load_model, load_tokenizer
@@ -280,9 +316,12 @@ def _open(config: schema.Measure | schema.ShiftCheckpoint | schema.Generate) -> 
     return model, load_tokenizer(config.checkpoint, **trust)
 
 
-def _rows(config: schema.Measure | schema.ShiftCheckpoint, tokenizer: Any, held_out: float | None) -> Any:
+def _rows(
+    config: schema.Measure | schema.ShiftCheckpoint | schema.Export, tokenizer: Any, held_out: float | None
+) -> Any:
     from prosparse.data import text_rows
 
+    assert config.text is not None
     return text_rows(
         config.text,
         tokenizer,
@@ -300,7 +339,7 @@ def _dtype(dtype: schema.Dtype) -> Any:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
 
 
-def _conditions(config: schema.Measure | schema.ShiftCheckpoint | schema.Generate, model: Any) -> dict:
+def _conditions(config: schema.Measure | schema.Predict | schema.ShiftCheckpoint | schema.Generate, model: Any) -> dict:
     from prosparse.telemetry import command
 
     return {"dtype": str(config.dtype), "device": str(model.device), "command": command()}

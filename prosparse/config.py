@@ -1,6 +1,6 @@
 """The schema: plain dataclasses that type every key. checks.py holds what must be true across keys.
 
-In: nothing. Out: `Train`, `Prepare`, `Measure`, `ShiftCheckpoint`, `Export`, `Generate` and the parts they are made of.
+In: nothing. Out: `Train`, `Prepare`, `Measure`, `Predict`, `ShiftCheckpoint`, `Export`, `Generate` and their parts.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -79,6 +79,12 @@ class Wandb(StrEnum):
 
 class ExportFormat(StrEnum):
     hf = "hf"
+    powerinfer = "powerinfer"
+
+
+class Quantization(StrEnum):
+    f16 = "f16"
+    q4_0 = "q4_0"
 
 
 class OnSpike(StrEnum):
@@ -354,6 +360,39 @@ class Measure:
     trust_pickle: bool = False
     cache: str = "~/.cache/prosparse/data"
     out: str | None = None  # folder for result.json
+    neurons: bool = False  # how often each neuron fires, to out/neurons.safetensors
+
+
+@dataclass
+class Predict:
+    """`prosparse predict`: optimizer, batch and epochs are the published ones of ProSparse's predictors."""
+
+    checkpoint: str = MISSING
+    text: str = MISSING
+    out: str = MISSING
+    held_out: float = 0.05  # share of the documents that are judged on and not learned from
+    rows: int | None = 800  # rows learned from, spread evenly; null: all
+    evaluate_rows: int = 64  # held-out rows judged on, spread evenly
+    rank: int | None = None  # null: hidden / 4, with `recall` hidden / 16 to start from
+    recall: float | None = None  # double a layer's rank until its recall reaches this; null: `rank` in every layer
+    top: float | None = None  # label only this share of a token's neurons, the largest; null: all that fire
+    cutoff: float = 0.0  # a neuron is computed if the predictor's output is at least this
+    cutoffs: list[float] = field(default_factory=lambda: [-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0])  # of the sweep
+    epochs: int = 20
+    patience: int = 5  # epochs without progress after which a layer's training ends
+    lr: float = 1e-3
+    tokens: int = 1024  # of a batch of the predictors
+    seed: int = 0
+    column: str = "text"
+    context: int = 512
+    batch: int = 4  # rows that the model computes together
+    bos: Bos = Bos.auto
+    dtype: Dtype = Dtype.bf16
+    device: str = "auto"
+    threads: int | None = None
+    trust_remote_code: bool = False
+    trust_pickle: bool = False
+    cache: str = "~/.cache/prosparse/data"
 
 
 @dataclass
@@ -385,9 +424,19 @@ class Export:
     checkpoint: str = MISSING
     format: ExportFormat = ExportFormat.hf
     out: str = MISSING
-    dtype: Dtype = Dtype.bf16
+    dtype: Dtype = Dtype.bf16  # of a Hugging Face folder; what is quantized is read in fp32
     trust_remote_code: bool = False
     trust_pickle: bool = False
+    quantization: Quantization = Quantization.f16  # powerinfer
+    predictors: str | None = None  # powerinfer: folder of `prosparse predict`
+    drop_threshold: bool = False  # powerinfer: write a FATReLU model without its threshold
+    text: str | None = None  # with drop_threshold: measure on this what that does
+    rows: int | None = 64  # ... on so many rows, spread evenly
+    column: str = "text"
+    context: int = 512
+    batch: int = 4
+    bos: Bos = Bos.auto
+    cache: str = "~/.cache/prosparse/data"
 
 
 @dataclass

@@ -144,9 +144,23 @@ def text_rows(
 
     The same share of the same text gives the held-out rows of `prepare`. Raises ValueError as `prepare` does.
     """
+    return _text_split(SPLITS[held_out is not None], text, tokenizer, context, bos, column, cache, held_out)
+
+
+def text_splits(
+    text: str, tokenizer: Any, context: int, *, bos: Bos, column: str, cache: str, held_out: float
+) -> tuple[Rows, Rows]:
+    """The rows of the training documents of one text and those of the `held_out` share; see `text_rows`."""
+    train, other = (_text_split(name, text, tokenizer, context, bos, column, cache, held_out) for name in SPLITS)
+    return train, other
+
+
+def _text_split(
+    split: str, text: str, tokenizer: Any, context: int, bos: Bos, column: str, cache: str, held_out: float | None
+) -> Rows:
     source, data = Source(path=text, column=column), Data(held_out=held_out or 0.0, cache=cache)
     folder = _make(source, "text", tokenizer, _control(tokenizer, bos), data, [context])[context]
-    split, key = ("train", "text") if held_out is None else ("held_out", f"held_out is {held_out}: raise it")
+    key = "text" if split == "train" else f"held_out is {held_out}: raise it"
     _require_row([_manifest(folder)[split]], key, f"context ({context})")
     return Rows([folder / f"{split}.arrow"])
 

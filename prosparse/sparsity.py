@@ -7,17 +7,23 @@ Called on every rank of a process group it shares the rows among them and sums e
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from prosparse.data import batch as make_batch
 from prosparse.ffn import find_ffns, observing
-from prosparse.penalty import mean_abs_by_layer, new_statistics, row_mask, sparsity_by_layer, tally
+from prosparse.penalty import COUNT, mean_abs_by_layer, new_statistics, row_mask, sparsity_by_layer, tally
+
+HOT = (
+    0.8  # the hot neurons of a layer are the fewest that make up this share of its activations (PowerInfer, section 3)
+)
 
 
 @dataclass
@@ -60,12 +66,15 @@ def measure(
     batch: int = 4,
     indices: Sequence[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    fired: list[Tensor] | None = None,
 ) -> Measurement:
     """Perplexity and sparsity of `model` on `rows` (see `Rows`), or on those named by `indices`.
 
+    An empty list `fired` is given one tensor a layer: the share of tokens at which each of its neurons was not zero,
+    [neurons]; in one process only, and not of experts.
     Any model whose FFNs and activation are known can be measured, substituted or not.
     In a process group every rank has to call it; each measures its share and all return the same result.
-    Raises ValueError if there are no rows or the model has no FFN that is known.
+    Raises ValueError if there are no rows, the model has no FFN that is known, or experts are asked for what `fired`.
     """
     chosen = list(range(len(rows))) if indices is None else list(indices)
     if not chosen:
@@ -84,6 +93,14 @@ def measure(
             kept = row_mask(mask, x1, tokens)
             x1 = x1.flatten(0, -2) if kept is None else x1[kept]
             tally(statistics[layer], x1, x1.sign(), torch.tensor(x1.numel(), dtype=torch.float64))
+            if fired is not None:
+                if tokens is not None:
+                    raise ValueError("neurons=true: the neurons of experts are not told apart; set it to false")
+                active = (x1 != 0).sum(0)
+                if layer == len(fired):
+                    fired.append(active)
+                else:
+                    fired[layer] += active
 
     was_training = model.training
     model.eval()
@@ -105,6 +122,37 @@ def measure(
         dist.all_reduce(statistics)
         dist.all_reduce(totals)
     loss, tokens = totals[0].item() / totals[1].item(), int(totals[1].item())
+    if fired is not None:
+        fired[:] = [count * count.numel() / row[COUNT] for count, row in zip(fired, statistics, strict=True)]
     layers = sparsity_by_layer(statistics)
     perplexity = math.inf if loss > 700 else math.exp(loss)
     return Measurement(perplexity, loss, tokens, sum(layers) / len(layers), layers, mean_abs_by_layer(statistics))
+
+
+def hot(frequency: Tensor) -> Tensor:
+    """Which neurons of a layer are hot, bool [neurons]; frequency: the share of tokens at which each fires."""
+    order = frequency.argsort(descending=True, stable=True)
+    before = frequency[order].cumsum(0) - frequency[order]
+    chosen = torch.zeros_like(frequency, dtype=torch.bool)
+    chosen[order] = before < HOT * frequency.sum()
+    return chosen & (frequency > 0)
+
+
+def save_neurons(fired: Sequence[Tensor], text: str, folder: Path) -> dict:
+    """Write `fired` of `measure` to folder/neurons.safetensors and return what it says of hot and cold neurons.
+
+    The file has layers.N.frequency (fp32 [neurons]) and layers.N.hot (bool [neurons]), in its metadata the `text`.
+    """
+    frequencies = [frequency.float().cpu() for frequency in fired]
+    sets = [hot(frequency) for frequency in frequencies]
+    tensors: dict[str, Tensor] = {}
+    for layer, (frequency, warm) in enumerate(zip(frequencies, sets, strict=True)):
+        tensors |= {f"layers.{layer}.frequency": frequency, f"layers.{layer}.hot": warm}
+    save_file(tensors, folder / "neurons.safetensors", metadata={"text": text})
+    return {
+        "file": str(folder / "neurons.safetensors"),
+        "hot_makes_up": HOT,
+        "hot_by_layer": [warm.float().mean().item() for warm in sets],
+        "never_by_layer": [(frequency == 0).float().mean().item() for frequency in frequencies],
+        "always_by_layer": [(frequency == 1).float().mean().item() for frequency in frequencies],
+    }

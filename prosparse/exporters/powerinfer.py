@@ -1,0 +1,308 @@
+"""Export to PowerInfer: a GGUF in its layout, with the predictors inside, and beside it what its solver reads.
+
+In: a model with Llama's layers and ReLU (its `llama`) or dReLU (its `bamboo`), a tokenizer, a folder of predictors.
+Out: a folder with NAME.gguf, whose first bytes are PWRI, model_N.pt, config.json, activation/ and result.json.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as Kind
+from tokenizers import pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prosparse.config import Quantization
+from prosparse.exporters.hf import RESULT, _replacing
+from prosparse.ffn import activation_of, substitute
+from prosparse.models.folding import fold_minicpm
+from prosparse.models.formats import family
+from prosparse.models.minicpm import MiniCPMForCausalLM
+from prosparse.predictor import load_predictors
+from prosparse.sparsity import measure
+
+MAGIC = b"PWRI"
+ARCHITECTURES = {"relu": "llama", "drelu": "bamboo"}
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "minicpm")  # those whose layers may be Llama's
+BLOCK = 32  # weights of a row that Q4_0 quantizes together
+NAMES = {  # of a layer's weights, here and there
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down_t",
+}
+PROBES = (
+    "in 2024",
+    "x = 10,000",
+    "it's IT'S",
+    "a  b",
+    "if x:\n\n        return",
+    "\u4f60\u597d, caf\u00e9!",
+    "a_b(c)->d",
+)
+GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def export_powerinfer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    predictors: str | Path,
+    out: str | Path,
+    *,
+    quantization: Quantization = Quantization.f16,
+    drop_threshold: bool = False,
+    rows: Sequence[np.ndarray] | None = None,
+    text: str | None = None,
+    batch: int = 4,
+) -> dict:
+    """Write `model` for PowerInfer to the folder `out`, or as DIR/NAME.gguf, and return what was written.
+
+    Weights are f16; with q4_0 those whose rows divide by 32 are Q4_0, but for output and predictors; norms are f32.
+    A model with a threshold is written only with drop_threshold: it is then dropped from `model`, in place, and what
+    that does is measured if `rows`, of `text`, are given.
+    Raises ValueError for what PowerInfer cannot compute and for predictors of another model. Nothing is left behind
+    by a failure.
+    """
+    out = Path(out).expanduser().resolve()
+    out, name = (out.parent, out.name) if out.suffix == ".gguf" else (out, "model.powerinfer.gguf")
+    activation, threshold = activation_of(model)
+    architecture = _architecture(model, activation, threshold, drop_threshold)
+    config = model.config
+    shape = (config.num_hidden_layers, config.hidden_size, config.intermediate_size)
+    learned, cutoff = load_predictors(predictors, *shape)
+    vocabulary = _vocabulary(tokenizer, config.vocab_size)
+    dropped: dict[str, Any] = {}
+    if threshold > 0:
+        dropped = {"dropped_threshold": threshold}
+        before = None if rows is None else measure(model, rows, batch=batch)
+        activation = "drelu" if activation == "drelu" else "relu"
+        substitute(model, activation)
+        if rows is not None and before is not None:
+            after = measure(model, rows, batch=batch)
+            for when, seen in (("before", before), ("after", after)):
+                dropped[when] = {"sparsity": seen.sparsity, "perplexity": seen.perplexity}
+            dropped |= {"text": text, "tokens": before.tokens}
+            print(
+                f"without the threshold: sparsity {before.sparsity:.2%} -> {after.sparsity:.2%}, perplexity "
+                f"{before.perplexity:.3f} -> {after.perplexity:.3f}",
+                file=sys.stderr,
+            )
+    if isinstance(model, MiniCPMForCausalLM):
+        model = fold_minicpm(model)
+    tensors = _tensors(model, [dict(predictor.state_dict()) for predictor in learned], quantization)
+    warning = _splits_otherwise(tokenizer)
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr)
+    with _replacing(out) as folder:
+        writer = gguf.GGUFWriter(folder / name, architecture)
+        _write_shapes(writer, model, quantization, cutoff)
+        vocabulary(writer)
+        for tensor, kind, data in tensors:
+            values, (block, size) = data(), gguf.GGML_QUANT_SIZES[kind]
+            nbytes = values.numel() // block * size
+            writer.add_tensor_info(tensor, list(values.shape), np.dtype(np.float32), nbytes, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor, kind, data in tensors:
+            numbers = data().float().cpu().contiguous().numpy()
+            if np.abs(numbers).max() > np.finfo(np.float16).max:
+                raise ValueError(f"{tensor} has weights that f16 cannot hold: PowerInfer cannot run this model")
+            writer.write_tensor_data(gguf.quants.quantize(numbers, kind))
+        writer.close()
+        with open(folder / name, "r+b") as file:
+            file.write(MAGIC)
+        source = Path(predictors).expanduser()
+        (folder / "activation").mkdir()
+        copies = ["config.json", *(f"model_{layer}.pt" for layer in range(len(learned)))]
+        for copy in (*copies, *(f"activation/activation_{layer}.pt" for layer in range(len(learned)))):
+            shutil.copyfile(source / copy, folder / copy)
+        files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+        result = {
+            "verb": "export",
+            "format": "powerinfer",
+            "out": str(out),
+            "gguf": name,
+            "architecture": architecture,
+            "quantization": str(quantization),
+            "cutoff": cutoff,
+            "context": _context(model.config),
+            "warning": warning,
+            **dropped,
+            "files": sorted(files),
+            "bytes": sum(files.values()),
+        }
+        (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _architecture(model: PreTrainedModel, activation: str, threshold: float, drop_threshold: bool) -> str:
+    """PowerInfer's name of the architecture; raises ValueError for what it would compute otherwise."""
+    config, kind = model.config, type(model).__name__
+    cut = "relu" if activation == "fatrelu" else activation
+    if cut not in ARCHITECTURES:
+        raise ValueError(f"the model's activation is {activation}: PowerInfer computes relu and drelu only")
+    if threshold > 0 and not drop_threshold:
+        raise ValueError(
+            f"the model's activation is {activation} with threshold {threshold:g}, and PowerInfer knows no threshold: "
+            "set drop_threshold=true to write it without (and text= to measure what that does)"
+        )
+    if family(config) not in FAMILIES:
+        raise ValueError(f"{kind}: PowerInfer's {ARCHITECTURES[cut]} computes Llama's layers only")
+    layers = range(config.num_hidden_layers)
+    known = {f"model.layers.{layer}.{name}.weight" for layer in layers for name in NAMES}
+    known |= {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    surplus = sorted(set(model.state_dict()) - known)
+    if surplus:
+        raise ValueError(f"{kind}: PowerInfer has no place for {surplus[0]} (biases, norms of q and k, fused weights)")
+    heads, head_dim = config.num_attention_heads, getattr(config, "head_dim", None)
+    if head_dim is not None and head_dim * heads != config.hidden_size:
+        raise ValueError(f"{kind}: head_dim is {head_dim}; PowerInfer's is hidden_size / heads")
+    rope = config.rope_parameters["rope_type"]
+    if rope != "default":
+        raise ValueError(f"{kind}: its rope_type is {rope}; PowerInfer computes the default one")
+    return ARCHITECTURES[cut]
+
+
+def _context(config: Any) -> int:
+    """Up to a sliding window its layers are like those without: beyond it PowerInfer would compute otherwise."""
+    window = getattr(config, "sliding_window", None)
+    return min(config.max_position_embeddings, window or config.max_position_embeddings)
+
+
+def _write_shapes(writer: gguf.GGUFWriter, model: PreTrainedModel, quantization: Quantization, cutoff: float) -> None:
+    config = model.config
+    heads = config.num_attention_heads
+    writer.add_name(Path(str(config._name_or_path)).name or "prosparse")
+    writer.add_context_length(_context(config))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_rope_dimension_count(config.hidden_size // heads)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    mostly = {Quantization.f16: gguf.LlamaFileType.MOSTLY_F16, Quantization.q4_0: gguf.LlamaFileType.MOSTLY_Q4_0}
+    writer.add_file_type(mostly[quantization])
+    writer.add_float32("powerinfer.sparse_threshold", cutoff)
+
+
+def _tensors(
+    model: PreTrainedModel, predictors: list[dict[str, Tensor]], quantization: Quantization
+) -> list[tuple[str, Kind, Callable[[], Tensor]]]:
+    """(name, kind, what gives the values) of every tensor of the file; its numbers are copied only when asked for."""
+    weights, config = model.state_dict(), model.config
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    packed = Kind.Q4_0 if quantization is Quantization.q4_0 else Kind.F16
+    tensors: list[tuple[str, Kind, Callable[[], Tensor]]] = []
+
+    def add(name: str, values: Tensor, kind: Kind, change: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
+        whole = kind is Kind.Q4_0 and change(values).shape[-1] % BLOCK != 0
+        tensors.append((f"{name}.weight", Kind.F16 if whole else kind, lambda: change(values)))
+
+    add("token_embd", weights["model.embed_tokens.weight"], packed)
+    add("output_norm", weights["model.norm.weight"], Kind.F32)
+    add("output", weights["lm_head.weight"], Kind.F16)
+    for layer, predictor in enumerate(predictors):
+        for ours, theirs in NAMES.items():
+            values = weights[f"model.layers.{layer}.{ours}.weight"]
+            if theirs in heads:
+                add(f"blk.{layer}.{theirs}", values, packed, partial(interleaved, heads=heads[theirs]))
+            elif theirs == "ffn_down_t":
+                add(f"blk.{layer}.{theirs}", values, packed, Tensor.t)
+            else:
+                add(f"blk.{layer}.{theirs}", values, Kind.F32 if theirs.endswith("norm") else packed)
+        for part in ("fc1", "fc2"):
+            add(f"blk.{layer}.{part}", predictor[f"{part}.weight"], Kind.F16)
+    return tensors
+
+
+def interleaved(rows: Tensor, heads: int) -> Tensor:
+    """Rows [heads x size, hidden] of q_proj or k_proj, in each head those of the two halves by turns.
+
+    RoPE turns the pairs (i, i + size / 2) in Hugging Face, (2 i, 2 i + 1) in this file.
+    """
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+# --- the tokenizer ----------------------------------------------------------------------------------------------------
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Callable[[gguf.GGUFWriter], None]:
+    """What writes the tokenizer: as `gpt2` a byte-level BPE, as `llama` one of SentencePiece's BPE models.
+
+    Raises ValueError for other tokenizers and for one with more tokens than the model.
+    """
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ValueError("the tokenizer is not a fast one: PowerInfer's file needs its merges")
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = backend["model"]
+    if model["type"] != "BPE":
+        raise ValueError(f"the tokenizer is of type {model['type']}: PowerInfer reads BPE only")
+    sentencepiece = bool(model.get("byte_fallback"))
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    added = {token["id"]: token for token in backend["added_tokens"]}
+    texts = {number: text for text, number in model["vocab"].items()} | {i: t["content"] for i, t in added.items()}
+    if max(texts) >= vocab_size:
+        raise ValueError(f"the tokenizer has ids up to {max(texts)}, the model {vocab_size} tokens: take its own")
+    # SentencePiece joins the pair with the best score first; a token's first merge stands for its place in that order.
+    first: dict[str, int] = {}
+    for place, merge in enumerate(merges):
+        first.setdefault(merge.replace(" ", ""), place)
+    tokens, scores, kinds = [], [], []
+    for number in range(vocab_size):
+        text = texts.get(number, f"[PAD{number}]")
+        if number not in texts:
+            kind = gguf.TokenType.UNUSED
+        elif number in added:
+            kind = gguf.TokenType.CONTROL if added[number]["special"] else gguf.TokenType.USER_DEFINED
+        elif sentencepiece and len(text) == 6 and text.startswith("<0x"):
+            kind = gguf.TokenType.BYTE
+        else:
+            kind = gguf.TokenType.NORMAL
+        if sentencepiece and text == model.get("unk_token"):
+            kind = gguf.TokenType.UNKNOWN
+        tokens.append(text)
+        kinds.append(kind)
+        scores.append(-float(first.get(text, len(merges))) if kind == gguf.TokenType.NORMAL else 0.0)
+
+    def write(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("llama" if sentencepiece else "gpt2")
+        writer.add_token_list(tokens)
+        writer.add_token_scores(scores)
+        writer.add_token_types(kinds)
+        if not sentencepiece:
+            writer.add_token_merges(merges)
+        for name in ("bos", "eos", "unk"):
+            number = getattr(tokenizer, f"{name}_token_id")
+            if number is not None:
+                getattr(writer, f"add_{name}_token_id")(number)
+        begun: Any = tokenizer("a")["input_ids"]
+        writer.add_add_bos_token(bool(begun) and begun[0] == tokenizer.bos_token_id)
+
+    return write
+
+
+def _splits_otherwise(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A warning with an example, if PowerInfer's pre-tokenizer, GPT-2's, splits text into other words than this one."""
+    backend = tokenizer.backend_tokenizer
+    if backend.pre_tokenizer is None or json.loads(backend.to_str())["model"].get("byte_fallback"):
+        return None
+    for text in PROBES:
+        ours, theirs = ([word for word, _ in made.pre_tokenize_str(text)] for made in (backend.pre_tokenizer, GPT2))
+        if ours != theirs:
+            return f"PowerInfer splits {text!r} into {theirs}, this tokenizer into {ours}: such text gets other tokens"
+    return None
