@@ -10,6 +10,8 @@ from prosparse.config import (
     L1,
     Activation,
     Control,
+    Export,
+    ExportFormat,
     Generate,
     Guard,
     L1Shape,
@@ -52,6 +54,12 @@ def validate(config: Any) -> None:
         require(0 < config.held_out < 1, f"held_out is {config.held_out}: give a share between 0 and 1, or null")
     if isinstance(config, Generate):
         _validate_generate(config)
+    if isinstance(config, Export):
+        require(
+            config.format != ExportFormat.llama_cpp,
+            "format=llama_cpp: llama.cpp computes SiLU for this architecture, whatever the file says, and would print "
+            "fluent nonsense; use format=vllm for vLLM or format=hf for transformers",
+        )
 
 
 def validate_recipe(recipe: Recipe) -> None:

@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -190,14 +191,21 @@ def _shift(config: schema.ShiftCheckpoint) -> dict:
 
 def _export(config: schema.Export) -> dict:
     from prosparse.exporters.hf import export_hf_model
+    from prosparse.exporters.vllm import export_vllm
     from prosparse.models.load import load_model, load_tokenizer
 
     dtype = _dtype(config.dtype)
     trust: dict = {"trust_remote_code": config.trust_remote_code}
     model = load_model(config.checkpoint, dtype=dtype, trust_pickle=config.trust_pickle, **trust)
     tokenizer = load_tokenizer(config.checkpoint, **trust)
-    exporters = {schema.ExportFormat.hf: export_hf_model}
-    return exporters[config.format](model, tokenizer, config.out, dtype)
+    exporters: dict[schema.ExportFormat, Callable[..., dict]] = {
+        schema.ExportFormat.hf: export_hf_model,
+        schema.ExportFormat.vllm: partial(export_vllm, plug_in=config.plug_in),
+    }
+    result = exporters[config.format](model, tokenizer, config.out, dtype)
+    if "serve" in result:
+        print(result["serve"], file=sys.stderr)
+    return result
 
 
 def _generate(config: schema.Generate) -> dict:

@@ -79,6 +79,8 @@ class Wandb(StrEnum):
 
 class ExportFormat(StrEnum):
     hf = "hf"
+    vllm = "vllm"
+    llama_cpp = "llama_cpp"  # refused, with the reason
 
 
 class OnSpike(StrEnum):
@@ -385,6 +387,7 @@ class Export:
     checkpoint: str = MISSING
     format: ExportFormat = ExportFormat.hf
     out: str = MISSING
+    plug_in: bool = True  # vllm: false refuses a model that stock vLLM cannot load
     dtype: Dtype = Dtype.bf16
     trust_remote_code: bool = False
     trust_pickle: bool = False
