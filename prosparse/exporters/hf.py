@@ -23,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 
 from prosparse import ffn
 from prosparse.activations import ACTIVATIONS, intermediate
-from prosparse.ffn import activation_of, sparse_ffns, substitute
+from prosparse.ffn import activation_of, put_sparse_ffns, sparse_ffns
 from prosparse.models import SPARSE_CLASSES, sparse
 from prosparse.models.formats import released_config, stock_config
 from prosparse.models.load import build_model
@@ -87,7 +87,7 @@ def export_hf(
     exported_config = released_config(config, activation, param, own)
     with replacing(out) as folder:
         reference = build_model(stock_config(config), state_dict, dtype)
-        substitute(reference, activation, param)
+        put_sparse_ffns(reference, activation, param)  # a public release's threshold may not be a bf16 number
         model = build_model(exported_config, reference.state_dict(), dtype)
         model_class = SPARSE_CLASSES.get(model.config.model_type)
         if model_class is not None:

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from prosparse.activations import ACTIVATIONS
 from prosparse.exporters.hf import PROBE_TEXT, TOLERANCE, export_hf, probe_ids, replacing, seal
-from prosparse.ffn import activation_of, substitute
+from prosparse.ffn import activation_of, put_sparse_ffns, round_bf16
 from prosparse.models.folding import fold_minicpm
 from prosparse.models.formats import STOCK_ACTIVATIONS, family, inherited, stock_config
 from prosparse.models.load import build_model
@@ -108,8 +108,9 @@ def _export_stock(
     values = undone | {key: value for key, value in inherited(model.config).items() if key != "sliding_window"}
     with replacing(out) as folder:
         reference = build_model(stock_config(model.config), state_dict, dtype)
-        substitute(reference, activation, param)
-        config = MiniCPMConfig(**values, hidden_act="fatrelu", hidden_act_param=greater_than(param))
+        put_sparse_ffns(reference, activation, param)
+        cut = round_bf16(param) if dtype == torch.bfloat16 else param  # torch compares bf16 gates with a bf16 number
+        config = MiniCPMConfig(**values, hidden_act="fatrelu", hidden_act_param=greater_than(cut))
         written = build_model(config, reference.state_dict(), dtype)
         written.generation_config = model.generation_config
         written.save_pretrained(folder)
