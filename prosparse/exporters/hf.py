@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -240,6 +241,8 @@ def replacing(out: Path) -> Iterator[Path]:
             os.rename(out, old)
         os.rename(temporary, out)
         shutil.rmtree(old, ignore_errors=True)
+    except SafetensorError as error:  # a full disk, most likely
+        raise OSError(f"out={out} cannot be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
