@@ -63,6 +63,12 @@ def validate(config: Any) -> None:
         require(config.predictors is not None, "predictors is missing: give predictors=DIR, made by prosparse predict")
     if isinstance(config, Generate):
         _validate_generate(config)
+    if isinstance(config, Export):
+        require(
+            config.format != ExportFormat.llama_cpp,
+            "format=llama_cpp: llama.cpp computes SiLU for this architecture, whatever the file says, and would print "
+            "fluent nonsense; use format=powerinfer for PowerInfer, format=vllm for vLLM, or format=hf for transformers",
+        )
 
 
 def validate_recipe(recipe: Recipe) -> None:

@@ -9,8 +9,9 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -208,6 +209,7 @@ def _shift(config: schema.ShiftCheckpoint) -> dict:
 
 def _export(config: schema.Export) -> dict:
     from prosparse.exporters.hf import export_hf_model
+    from prosparse.exporters.vllm import export_vllm
     from prosparse.models.load import load_model, load_tokenizer
 
     dtype = _dtype(schema.Dtype.fp32 if config.format is schema.ExportFormat.powerinfer else config.dtype)
@@ -216,8 +218,14 @@ def _export(config: schema.Export) -> dict:
     tokenizer = load_tokenizer(config.checkpoint, **trust)
     if config.format is schema.ExportFormat.powerinfer:
         return _export_powerinfer(config, model, tokenizer)
-    exporters = {schema.ExportFormat.hf: export_hf_model}
-    return exporters[config.format](model, tokenizer, config.out, dtype)
+    exporters: dict[schema.ExportFormat, Callable[..., dict]] = {
+        schema.ExportFormat.hf: export_hf_model,
+        schema.ExportFormat.vllm: partial(export_vllm, plug_in=config.plug_in),
+    }
+    result = exporters[config.format](model, tokenizer, config.out, dtype)
+    if "serve" in result:
+        print(result["serve"], file=sys.stderr)
+    return result
 
 
 def _export_powerinfer(config: schema.Export, model: Any, tokenizer: Any) -> dict:
@@ -239,56 +247,19 @@ def _export_powerinfer(config: schema.Export, model: Any, tokenizer: Any) -> dic
 def _generate(config: schema.Generate) -> dict:
     import torch
 
-    from prosparse.generation import TooLong, generate
+    from prosparse.generation import converse
 
-    typed = config.prompt is None
-    if typed and not sys.stdin.isatty():
+    if config.prompt is None and not sys.stdin.isatty():
         raise ValueError("prompt is missing, and stdin is no terminal to type one at: give prompt=TEXT")
     out = _claim(config.out)
     model, tokenizer = _open(config)
     torch.manual_seed(config.seed)
-    messages = [] if config.system is None else [{"role": "system", "content": config.system}]
-    turns: list[dict] = []
-    for line in _typed() if config.prompt is None else [config.prompt]:
-        messages.append({"role": "user", "content": line})
-        try:
-            turn = generate(
-                model,
-                tokenizer,
-                messages,
-                max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature,
-                top_p=config.top_p,
-                chat=config.chat,
-                tell=lambda text: print(text, end="", file=sys.stderr, flush=True),
-            )
-        except TooLong as error:
-            if not turns:
-                raise
-            print(f"the conversation ends here: {error}", file=sys.stderr)
-            break
-        messages.append({"role": "assistant", "content": turn.answer})
-        turns.append(asdict(turn))
-        spoken = f"prompt {turn.prompt_tokens} tokens, sparsity {turn.sparsity_prefill:.2%}"
-        if turn.sparsity_generated is not None:
-            spoken += f"  answer {turn.generated_tokens} tokens, sparsity {turn.sparsity_generated:.2%}"
-            spoken += f", {turn.tokens_per_second:.1f} tokens/s"
-        print(f"[{spoken}  ended by {turn.ended}]", file=sys.stderr)
+    turns = converse(config, model, tokenizer)
     asked = {key: getattr(config, key) for key in ("checkpoint", "system", "chat", "temperature", "top_p", "seed")}
-    result = ({"turns": turns} if typed else turns[0]) | asked | _conditions(config, model)
+    result = ({"turns": turns} if config.prompt is None else turns[0]) | asked | _conditions(config, model)
     if out is not None:
         _write_result(out, result)
     return result
-
-
-def _typed() -> Iterator[str]:
-    """The lines typed at the terminal, up to an empty one or Ctrl-D."""
-    while True:
-        print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline().strip()
-        if not line:
-            return
-        yield line
 
 
 RUN: dict[str, Callable[[Any], dict]] = {

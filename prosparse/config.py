@@ -79,7 +79,9 @@ class Wandb(StrEnum):
 
 class ExportFormat(StrEnum):
     hf = "hf"
+    vllm = "vllm"
     powerinfer = "powerinfer"
+    llama_cpp = "llama_cpp"  # refused, with the reason
 
 
 class Quantization(StrEnum):
@@ -425,6 +427,7 @@ class Export:
     format: ExportFormat = ExportFormat.hf
     out: str = MISSING
     dtype: Dtype = Dtype.bf16  # of a Hugging Face folder; what is quantized is read in fp32
+    plug_in: bool = True  # vllm: false refuses a model that stock vLLM cannot load
     trust_remote_code: bool = False
     trust_pickle: bool = False
     quantization: Quantization = Quantization.f16  # powerinfer

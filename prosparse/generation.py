@@ -4,9 +4,10 @@ In: a model, its tokenizer, messages. Out: a `Generation`; the text goes piece b
 Every forward pass is counted: the prompt's tokens, and those generated tokens that went through the model again.
 """
 
+import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from prosparse.checks import require
-from prosparse.config import Chat
+from prosparse.config import Chat, Generate
 from prosparse.ffn import find_ffns, observing
 from prosparse.penalty import COUNT, new_statistics, sparsity_by_layer, tally
 
@@ -65,6 +66,51 @@ class _Stream(TextStreamer):
         self.held = self.held[len(sure) :]
         if sure or stream_end:
             self.tell(sure + "\n" * stream_end)
+
+
+def converse(config: Generate, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+    """The turns of a conversation, as `Generation` dicts: one with config.prompt, else those typed at the terminal.
+
+    Text goes to stderr as it comes. A conversation that outgrows the model's positions ends, a first prompt raises.
+    """
+    messages = [] if config.system is None else [{"role": "system", "content": config.system}]
+    turns: list[dict] = []
+    for line in _typed() if config.prompt is None else [config.prompt]:
+        messages.append({"role": "user", "content": line})
+        try:
+            turn = generate(
+                model,
+                tokenizer,
+                messages,
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                chat=config.chat,
+                tell=lambda text: print(text, end="", file=sys.stderr, flush=True),
+            )
+        except TooLong as error:
+            if not turns:
+                raise
+            print(f"the conversation ends here: {error}", file=sys.stderr)
+            break
+        messages.append({"role": "assistant", "content": turn.answer})
+        turns.append(asdict(turn))
+        spoken = f"prompt {turn.prompt_tokens} tokens, sparsity {turn.sparsity_prefill:.2%}"
+        if turn.sparsity_generated is not None:
+            spoken += f"  answer {turn.generated_tokens} tokens, sparsity {turn.sparsity_generated:.2%}"
+            spoken += f", {turn.tokens_per_second:.1f} tokens/s"
+        print(f"[{spoken}  ended by {turn.ended}]", file=sys.stderr)
+    return turns
+
+
+def _typed() -> Iterator[str]:
+    """The lines typed at the terminal, up to an empty one or Ctrl-D."""
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        yield line
 
 
 def generate(

@@ -12,7 +12,7 @@ FLOORS = [
     {"ffn", "chat", "sources"},
     {"models", "data"},
     {"sparsity"},
-    {"threshold", "predictor", "distillation", "telemetry", "reporting", "generation"},
+    {"threshold", "predictor", "vllm_plugin", "distillation", "telemetry", "reporting", "generation"},
     {"exporters"},
     {"engine"},
     {"run", "trainer"},

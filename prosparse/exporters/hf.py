@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from prosparse import ffn
 from prosparse.activations import ACTIVATIONS, intermediate
-from prosparse.ffn import activation_of, sparse_ffns, substitute
+from prosparse.ffn import activation_of, put_sparse_ffns, sparse_ffns
 from prosparse.models import SPARSE_CLASSES, sparse
 from prosparse.models.formats import released_config, stock_config
 from prosparse.models.load import build_model
@@ -70,21 +71,24 @@ def export_hf(
     out: str | Path,
     dtype: torch.dtype,
     max_shard_size: str = "5GB",
+    own: bool = False,
+    said: dict | None = None,
 ) -> dict:
     """Write the model to the folder `out` and return what was written and how far the reloaded logits differ.
 
     state_dict: CPU tensors under the base model's names; tied weights may be absent or given twice. config: of the base
     family, or of an earlier export of it. param: the threshold (shifted_relu: the offset) as it shall stand in
-    config.json. Memory: the model once in `dtype` here and once in the fresh process.
+    config.json. own: write this project's class where the stock one would do. said: more for result.json.
+    Memory: the model once in `dtype` here and once in the fresh process.
 
     Raises ValueError if `out` holds anything but an earlier export or cannot be written, or the family has no format;
     RuntimeError if the folder does not load in a fresh process as the same model. Nothing is left behind then.
     """
     out = Path(out).expanduser().resolve()
-    exported_config = released_config(config, activation, param)
-    with _replacing(out) as folder:
+    exported_config = released_config(config, activation, param, own)
+    with replacing(out) as folder:
         reference = build_model(stock_config(config), state_dict, dtype)
-        substitute(reference, activation, param)
+        put_sparse_ffns(reference, activation, param)  # a public release's threshold may not be a bf16 number
         model = build_model(exported_config, reference.state_dict(), dtype)
         model_class = SPARSE_CLASSES.get(model.config.model_type)
         if model_class is not None:
@@ -99,22 +103,25 @@ def export_hf(
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        for weights in folder.glob("*.safetensors"):  # written for their owner alone
-            weights.chmod((folder / "config.json").stat().st_mode)
-        files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
         result = {
-            "verb": "export",
             "format": "hf",
-            "out": str(out),
             "model_type": model.config.model_type,
             "activation": activation,
             "param": float(param),
             "dtype": str(dtype).removeprefix("torch."),
-            "files": sorted(files),
-            "bytes": sum(files.values()),
             **verify(folder, reference, activation, param, tokenizer),
         }
-        (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n")
+        return seal(folder, out, result | (said or {}))
+
+
+def seal(folder: Path, out: Path, said: dict) -> dict:
+    """End the writing of `folder`, which becomes `out`: result.json with its files and what is `said`; returns that."""
+    for weights in folder.glob("*.safetensors"):  # written for their owner alone
+        weights.chmod((folder / "config.json").stat().st_mode)
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    written = {"files": sorted(files), "bytes": sum(files.values())}
+    result = {"verb": "export", "out": str(out), **written, **said}
+    (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -153,7 +160,7 @@ def verify(
     Returns the loaded class, the largest difference of a logit and its bound; raises RuntimeError if they do not agree.
     """
     config, dtype = reference.config, reference.dtype
-    token_ids = [[(37 * position + 11) % config.vocab_size for position in range(32)]]
+    token_ids = probe_ids(config)
     with torch.no_grad():
         expected = reference(torch.tensor(token_ids)).logits.float()
     with tempfile.TemporaryDirectory(prefix="prosparse-reload-") as scratch:
@@ -185,6 +192,11 @@ def verify(
     return {"class": seen["class"], "max_logit_difference": difference, "logit_difference_bound": bound}
 
 
+def probe_ids(config: PreTrainedConfig) -> list[list[int]]:
+    """The tokens whose logits are compared, [1, 32]."""
+    return [[(37 * position + 11) % config.vocab_size for position in range(32)]]
+
+
 def reload_in_fresh_process(jobs: list[dict], scratch: Path) -> list[dict]:
     """Run `reload.py` on the jobs, offline and on the CPU; returns what it says of each."""
     (scratch / "jobs.json").write_text(json.dumps(jobs))
@@ -214,7 +226,7 @@ def reload_in_fresh_process(jobs: list[dict], scratch: Path) -> list[dict]:
 
 
 @contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
+def replacing(out: Path) -> Iterator[Path]:
     """A temporary sibling that takes the place of `out` when the block ends well and vanishes when it does not."""
     _check_replaceable(out)
     temporary, old = (out.with_name(f".{out.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
@@ -229,6 +241,8 @@ def _replacing(out: Path) -> Iterator[Path]:
             os.rename(out, old)
         os.rename(temporary, out)
         shutil.rmtree(old, ignore_errors=True)
+    except SafetensorError as error:  # a full disk, most likely
+        raise OSError(f"out={out} cannot be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

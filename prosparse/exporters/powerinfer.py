@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prosparse.config import Quantization
-from prosparse.exporters.hf import RESULT, _replacing
+from prosparse.exporters.hf import RESULT, replacing
 from prosparse.ffn import activation_of, substitute
 from prosparse.models.folding import fold_minicpm
 from prosparse.models.formats import family
@@ -105,7 +105,7 @@ def export_powerinfer(
     warning = _splits_otherwise(tokenizer)
     if warning is not None:
         print(f"warning: {warning}", file=sys.stderr)
-    with _replacing(out) as folder:
+    with replacing(out) as folder:
         writer = gguf.GGUFWriter(folder / name, architecture)
         _write_shapes(writer, model, quantization, cutoff)
         vocabulary(writer)

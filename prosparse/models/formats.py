@@ -82,16 +82,17 @@ def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return _FAMILIES[family(config)][0](**inherited(config), **{key: own if own in STOCK_ACTIVATIONS else "relu"})
 
 
-def released_config(config: PreTrainedConfig, activation: str, param: float) -> PreTrainedConfig:
+def released_config(config: PreTrainedConfig, activation: str, param: float, own: bool = False) -> PreTrainedConfig:
     """The config of the format that holds `config`'s architecture with `activation` (a key of ACTIVATIONS).
 
+    own: never the stock class, whose loaders in other runtimes may ignore or refuse the activation.
     Raises ValueError if the family is not known or cannot have the activation.
     """
     name, values, key = family(config), inherited(config), activation_key(config)
     stock, sparse = _FAMILIES[name]
     if activation == "drelu" and name in _UNGATED:
         raise ValueError(f"drelu needs an up projection, and {name} models have none: choose relu or fatrelu")
-    if activation in STOCK_ACTIVATIONS:
+    if activation in STOCK_ACTIVATIONS and not own:
         return stock(**values, **{key: activation})
     if activation == "fatrelu" and name == "llama":
         return SparseLlamaConfig(**values, hidden_act=activation, hidden_act_param=float(param))

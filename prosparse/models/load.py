@@ -25,11 +25,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.activations import ACT2FN
 from transformers.utils import logging
 
-import prosparse.models  # noqa: F401  (registers the sparse classes)
+import prosparse.models  # registers the sparse classes
 from prosparse import checkpoint, shards
-from prosparse.ffn import substitute
+from prosparse.ffn import activation_key, substitute
 
 PACKAGE = "package://"
 
@@ -71,6 +72,8 @@ def load_model(
                 f"{source} has no safetensors: convert its weights, or, if you trust who made them (a pickle can run "
                 "code), set model.trust_pickle=true (trust_pickle=true for the other verbs)"
             )
+        if not trust_remote_code and config.model_type not in prosparse.models.SPARSE_CLASSES:
+            _no_unknown_activation(source, config.get_text_config())
         with _one_line(source):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 place,
@@ -236,6 +239,13 @@ def _no_weights_missing(source: object, report: dict) -> None:
         raise ValueError(
             f"{source} lacks weights that its config asks for: {', '.join(sorted(report['missing_keys']))}"
         )
+
+
+def _no_unknown_activation(source: object, config: PreTrainedConfig) -> None:
+    key = activation_key(config)
+    name = getattr(config, key, None)
+    if isinstance(name, str) and name not in ACT2FN:
+        raise ValueError(f"{source}: {key} is {name}, which transformers' {config.model_type} does not have")
 
 
 @contextmanager
