@@ -67,7 +67,7 @@ def validate(config: Any) -> None:
         require(
             config.format != ExportFormat.llama_cpp,
             "format=llama_cpp: llama.cpp computes SiLU for this architecture, whatever the file says, and would print "
-            "fluent nonsense; use format=powerinfer for PowerInfer, format=vllm for vLLM, or format=hf for transformers",
+            "fluent nonsense; use format=powerinfer for PowerInfer, vllm for vLLM, or hf for transformers",
         )
 
 
