@@ -43,10 +43,10 @@ def test_sparsity_ends_where_it_was_asked_to(go):
     assert [row["target"] for row in rows[:40]] == [None] * 40 and rows[40]["l1_factor"] == sweep["l1_factor_mean"]
     goals = [row["target"] for row in rows[40:]]
     assert goals == sorted(goals) and goals[0] < sweep["before"] + 0.01 and goals[79:] == pytest.approx([0.45] * 61)
-    assert sum(row["sparsity"] for row in rows[-10:]) / 10 == pytest.approx(0.45, abs=0.015)
+    assert sum(row["sparsity"] for row in rows[-10:]) / 10 == pytest.approx(0.45, abs=0.025)
     assert len({row["l1_factor"] for row in rows[40:]}) == 140
     report = json.loads((run / "report" / "report.json").read_text())
-    assert report["models"]["trained"]["sparsity"] == pytest.approx(0.45, abs=0.02)
+    assert report["models"]["trained"]["sparsity"] == pytest.approx(0.45, abs=0.03)
 
 
 @pytest.mark.parametrize("zero", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
@@ -67,7 +67,7 @@ def test_a_sweep_is_taken_back_under_zero3_too(go):
     assert len(sweeps[0]["probes"]) > 2
     for one, other in zip(*(sweep["probes"] for sweep in sweeps), strict=True):
         assert one == pytest.approx(other, abs=5e-3)
-    first = [trained(run)[3] for run in runs]  # after the sweep
+    first = [trained(run)[40] for run in runs]  # after the sweep
     assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=1e-3)
 
 
