@@ -122,7 +122,7 @@ LAYOUTS = {name: made for name, made in RELEASES.items() if "13b" not in name} |
 }
 
 
-@pytest.mark.parametrize("export", [export_hf_model, export_vllm])
+@pytest.mark.parametrize("export", [pytest.param(export_hf_model, marks=pytest.mark.slow), export_vllm])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_export_reads_the_layouts_of_the_public_releases(name, export, tmp_path):
     values, activation, _ = LAYOUTS[name]

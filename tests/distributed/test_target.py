@@ -71,6 +71,7 @@ def test_a_sweep_is_taken_back_under_zero3_too(go):
     assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_stop_in_the_sweep_leaves_the_checkpoint_before_it(go, nursery, tiny, tmp_path):
     whole = go("whole")
     kept = [o for o in tiny_overrides(tiny, tmp_path / "run") if not o.startswith(("recipe.", "save."))]

@@ -58,6 +58,7 @@ def test_the_student_comes_closer_to_its_teacher(go):
     assert values[0] > 0.1 and sum(values[-5:]) < 0.75 * sum(values[:5]), values
 
 
+@pytest.mark.slow
 def test_a_control_keeps_its_teacher_which_is_the_untouched_base_model(go):
     taught = ["recipe.stages.substitution.distillation.weight=1", "until=substitution"]
     go("control", *taught, "recipe.control=silu_continued", ranks=1)

@@ -32,7 +32,9 @@ def last_step(run_dir: Path) -> int:
     return trained(run_dir)[-1]["step"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow), signal.SIGINT]
+)
 def test_a_signal_to_one_rank_saves_the_last_step_and_ends_all_with_75(start, number):
     group, run_dir = start(f"signal {number}", *LONG, "recipe.batch.sequences=16")
     assert group.wait_for("step    8/")
@@ -167,7 +169,7 @@ def test_the_only_rank_that_is_left_speaks(start):
     assert group.text().count("ended without a word") == 1, group.text()[-3000:]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_hangs_ends_the_run_after_the_steady_timeout(start, rank):
     group, _ = start(f"hung {rank}", *LONG, "timeouts.steady_seconds=4")
     assert group.wait_for("step    5/")
