@@ -160,6 +160,12 @@ def test_a_rank_that_fails_tells_its_own_reason_once(start, rank):
     assert "ZeroDivisionError: made to fail" in group.text() and "without a word" not in group.text()
 
 
+def test_a_rank_that_fails_within_a_sweep_tells_its_own_reason(start):
+    group, _ = start("failed in a sweep", "recipe=target", "evaluate.every=0", fail=5, rank=1)
+    assert group.wait(60)[1] == 1 and not group.hung, group.text()[-3000:]
+    assert "made to fail" in group.text()
+
+
 def test_the_only_rank_that_is_left_speaks(start):
     group, _ = start("two of three", *LONG, "recipe.batch.sequences=6", ranks=3)
     assert group.wait_for("step    5/")
