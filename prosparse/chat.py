@@ -41,10 +41,6 @@ class Unfit(ValueError):
     """A conversation that the template does not render: (its canonical JSON, why)."""
 
 
-def is_chat(source: Source) -> bool:
-    return source.messages is not None or source.prompt is not None
-
-
 def columns(source: Source) -> dict[str, str]:
     """The columns that a source reads, by the key that names each."""
     named = {key: getattr(source, key) for key in ("messages", "prompt", "answer")}

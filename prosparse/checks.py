@@ -220,7 +220,7 @@ def _validate_train(config: Train) -> None:
             source.messages is None or source.prompt is None,
             f"data.sources.{name}.messages and .prompt are both given: keep messages, or prompt and answer",
         )
-    chats = {name for name, source in sources.items() if source.messages is not None or source.prompt is not None}
+    chats = {name for name, source in sources.items() if source.is_chat}
     for name, stage in config.recipe.stages.items():
         require(
             bool(stage.data) or len(chats) in (0, len(sources)),

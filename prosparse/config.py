@@ -250,6 +250,10 @@ class Source:
     prompt: str | None = None  # chat: the column that holds what is asked
     answer: str | None = None  # chat: the column that holds the answer to it
 
+    @property
+    def is_chat(self) -> bool:
+        return self.messages is not None or self.prompt is not None
+
 
 @dataclass
 class Data:

@@ -144,25 +144,34 @@ def text_rows(
 
     The same share of the same text gives the held-out rows of `prepare`. Raises ValueError as `prepare` does.
     """
-    return _text_split(SPLITS[held_out is not None], text, tokenizer, context, bos, column, cache, held_out)
+    (rows,) = _text_rows([SPLITS[held_out is not None]], text, tokenizer, context, bos, column, cache, held_out)
+    return rows
 
 
 def text_splits(
     text: str, tokenizer: Any, context: int, *, bos: Bos, column: str, cache: str, held_out: float
 ) -> tuple[Rows, Rows]:
     """The rows of the training documents of one text and those of the `held_out` share; see `text_rows`."""
-    train, other = (_text_split(name, text, tokenizer, context, bos, column, cache, held_out) for name in SPLITS)
+    train, other = _text_rows(SPLITS, text, tokenizer, context, bos, column, cache, held_out)
     return train, other
 
 
-def _text_split(
-    split: str, text: str, tokenizer: Any, context: int, bos: Bos, column: str, cache: str, held_out: float | None
-) -> Rows:
+def _text_rows(
+    splits: Sequence[str],
+    text: str,
+    tokenizer: Any,
+    context: int,
+    bos: Bos,
+    column: str,
+    cache: str,
+    held_out: float | None,
+) -> list[Rows]:
     source, data = Source(path=text, column=column), Data(held_out=held_out or 0.0, cache=cache)
     folder = _make(source, "text", tokenizer, _control(tokenizer, bos), data, [context])[context]
-    key = "text" if split == "train" else f"held_out is {held_out}: raise it"
-    _require_row([_manifest(folder)[split]], key, f"context ({context})")
-    return Rows([folder / f"{split}.arrow"])
+    for split in splits:
+        key = "text" if split == "train" else f"held_out is {held_out}: raise it"
+        _require_row([_manifest(folder)[split]], key, f"context ({context})")
+    return [Rows([folder / f"{split}.arrow"]) for split in splits]
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -198,7 +207,7 @@ def _make(
         datasets.disable_progress_bars()
     digest = tokenizer_digest(tokenizer)
     made_from = [FORMAT, UNIT_CHARACTERS, UNIT_CONTEXT, identity(source, key), digest, control, data.held_out]
-    template = chat.chat_template(tokenizer, data.template, data.bos) if chat.is_chat(source) else None
+    template = chat.chat_template(tokenizer, data.template, data.bos) if source.is_chat else None
     if template is not None:
         made_from += [chat.FORMAT, template]
     cache = Path(data.cache).expanduser()

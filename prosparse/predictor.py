@@ -376,7 +376,7 @@ def _claim(out: Path) -> Path:
 
 def _put(made: Path, out: Path) -> None:
     """Move all that was made into `out`, in the place of an earlier result."""
-    for old in (*out.glob("model_*.pt"), out / "config.json"):
+    for old in (out / "result.json", *out.glob("model_*.pt"), out / "config.json"):
         old.unlink(missing_ok=True)
     shutil.rmtree(out / "activation", ignore_errors=True)
     for path in made.iterdir():

@@ -158,8 +158,8 @@ def _open_claimed(config: Train, folder: Path, rank: int, world: int, device: to
     run.identity = identity(run)
     run.state = resume(run)
     load_teacher(run)
-    if any(map(chat.is_chat, config.data.sources.values())):
-        check_packing(run.engine.module, config)  # under ZeRO-3 no weights can be restored after a forward pass
+    if any(source.is_chat for source in config.data.sources.values()):
+        check_packing(run.engine.module, config)
     run.saved_step = run.state.step
     from_rank_zero(lambda: _check_disk(run))
 

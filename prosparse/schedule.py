@@ -133,7 +133,8 @@ def steered(recipe: Recipe, step: int) -> str | None:
     span = stage_at(recipe, step)
     if recipe.control in (Control.silu_continued, Control.relu_only) or span.stage.l1.shape is not L1Shape.target:
         return None
-    return steered(recipe, span.first - 1) or span.name if span.first > 1 else span.name
+    before = steered(recipe, span.first - 1) if span.first > 1 else None
+    return before or span.name
 
 
 def set_point(recipe: Recipe, step: int, began: float) -> float:

@@ -114,7 +114,7 @@ def _load_hub(source: Source, key: str) -> datasets.Dataset:
 
 
 def _refuse_text(source: Source, path: Any, key: str) -> None:
-    if chat.is_chat(source):
+    if source.is_chat:
         named = " and ".join(f"`{name}`" for name in chat.columns(source))
         raise ValueError(
             f"{key}: {path} is text without columns: remove {named}, or give .jsonl, .parquet or hub://NAME"
@@ -123,7 +123,7 @@ def _refuse_text(source: Source, path: Any, key: str) -> None:
 
 def _texts(rows: Iterable[Any], source: Source, where: str) -> Iterator[str]:
     columns = chat.columns(source)
-    other = "" if chat.is_chat(source) else "; if it holds conversations, set `messages`, or `prompt` and `answer`"
+    other = "" if source.is_chat else "; if it holds conversations, set `messages`, or `prompt` and `answer`"
     for number, row in enumerate(rows, 1):
         for key, column in columns.items():
             if not isinstance(row, dict) or column not in row:
@@ -131,7 +131,7 @@ def _texts(rows: Iterable[Any], source: Source, where: str) -> Iterator[str]:
                 raise ValueError(
                     f"{where}: row {number} has no column {column!r}: set `{key}` to one that it has ({has}){other}"
                 )
-        if chat.is_chat(source):
+        if source.is_chat:
             text = chat.conversation(row, source, f"{where}: row {number}")
         else:
             text = "" if row[source.column] is None else row[source.column]
@@ -145,7 +145,7 @@ def identity(source: Source, key: str) -> list[Any]:
     """What stands for a source in a fingerprint: the content of all that is read, wherever it lies."""
     if source.path in NAMED_TEXTS:
         return [hashed(list(map(hashed, documents(source, key))))]
-    read = chat.columns(source) if chat.is_chat(source) else source.column
+    read = chat.columns(source) if source.is_chat else source.column
     if source.path.startswith("hub://"):
         return [source.path, read, _load_hub(source, key)._fingerprint]
     root = Path(source.path).expanduser()

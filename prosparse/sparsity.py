@@ -21,9 +21,8 @@ from prosparse.data import batch as make_batch
 from prosparse.ffn import find_ffns, observing
 from prosparse.penalty import COUNT, mean_abs_by_layer, new_statistics, row_mask, sparsity_by_layer, tally
 
-HOT = (
-    0.8  # the hot neurons of a layer are the fewest that make up this share of its activations (PowerInfer, section 3)
-)
+# The hot neurons of a layer are the fewest that make up this share of its activations (PowerInfer, section 3).
+HOT = 0.8
 
 
 @dataclass

@@ -148,7 +148,7 @@ def train_stages(run: Run) -> bool:
                 if config.guard.on_spike is OnSpike.rewind:
                     return False
 
-        # --- the step; one that is not applied uses up its window and does not count ------------------------------
+        # --- the step; one that is not applied uses up its window and does not count ----------------------------------
         rate = schedule.learning_rate(recipe, step)
         set_rate(run.engine, rate, schedule.weight_decay(recipe, step))
         run.engine.step()

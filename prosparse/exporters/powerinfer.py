@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prosparse.config import Quantization
-from prosparse.exporters.hf import RESULT, replacing
+from prosparse.exporters.hf import replacing, seal
 from prosparse.ffn import activation_of, substitute
 from prosparse.models.folding import fold_minicpm
 from prosparse.models.formats import family
@@ -129,11 +129,8 @@ def export_powerinfer(
         copies = ["config.json", *(f"model_{layer}.pt" for layer in range(len(learned)))]
         for copy in (*copies, *(f"activation/activation_{layer}.pt" for layer in range(len(learned)))):
             shutil.copyfile(source / copy, folder / copy)
-        files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
         result = {
-            "verb": "export",
             "format": "powerinfer",
-            "out": str(out),
             "gguf": name,
             "architecture": architecture,
             "quantization": str(quantization),
@@ -141,11 +138,8 @@ def export_powerinfer(
             "context": _context(model.config),
             "warning": warning,
             **dropped,
-            "files": sorted(files),
-            "bytes": sum(files.values()),
         }
-        (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n")
-    return result
+        return seal(folder, out, result)
 
 
 def _architecture(model: PreTrainedModel, activation: str, threshold: float, drop_threshold: bool) -> str:
