@@ -1,4 +1,4 @@
-"""The command `prosparse VERB key=value ...`: composes configs, registers their schema, calls one function.
+"""The command `prosparse VERB key=value ...`: composes configs, registers their schema, calls one function of verbs.py.
 
 In: Hydra overrides. Out: the verb's result, as JSON on the last line of stdout when run plainly; people read stderr.
 Hydra and OmegaConf live here only. Exit codes: 0 done, 1 failed, 2 the user's input, 75 stopped by request.
@@ -9,9 +9,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, is_dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from prosparse import config as schema
 from prosparse.checks import validate
 from prosparse.signals import Stopped, interruptible, listening
+from prosparse.verbs import RUN
 
 SCHEMAS: dict[str, type] = {
     "train": schema.Train,
@@ -121,215 +121,6 @@ def _run(verb: str, *rest: str) -> int:
     if "WORLD_SIZE" not in os.environ or os.environ["WORLD_SIZE"] == "1":
         _print_result(result)
     return 0
-
-
-# --- the verbs --------------------------------------------------------------------------------------------------------
-
-
-def _train(config: schema.Train) -> dict:
-    from prosparse.trainer import train
-
-    return train(config)
-
-
-def _prepare(config: schema.Prepare) -> dict:
-    from prosparse import schedule
-    from prosparse.data import prepare
-    from prosparse.models.load import load_config, load_tokenizer
-
-    model = config.model
-    opening: dict = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    own = config.data.tokenizer
-    tokenizer = load_tokenizer(own) if own else load_tokenizer(model.source, **opening)
-    vocabulary = load_config(model.source, **opening).get_text_config().vocab_size
-    prepared = prepare(config.data, tokenizer, schedule.contexts(config.recipe), vocabulary)
-    return {
-        str(context): {"digest": made.digest, "fingerprint": made.fingerprint, "sources": made.manifests}
-        for context, made in prepared.items()
-    }
-
-
-def _measure(config: schema.Measure) -> dict:
-    from prosparse.sparsity import measure, save_neurons, spread
-
-    out = _claim(config.out)
-    model, tokenizer = _open(config)
-    rows = _rows(config, tokenizer, config.held_out)
-    fired: list | None = [] if config.neurons else None
-    result = asdict(measure(model, rows, batch=config.batch, indices=spread(len(rows), config.rows), fired=fired))
-    if out is not None and fired is not None:
-        result["neurons"] = save_neurons(fired, config.text, out)
-    result |= {
-        "checkpoint": config.checkpoint,
-        "text": config.text,
-        "held_out": config.held_out,
-        "context": config.context,
-        **_conditions(config, model),
-    }
-    if out is not None:
-        _write_result(out, result)
-    print(
-        f"perplexity {result['perplexity']:.3f}  sparsity {result['sparsity']:.2%}  on {result['tokens']:,} tokens",
-        file=sys.stderr,
-    )
-    return result
-
-
-def _predict(config: schema.Predict) -> dict:
-    from prosparse.data import text_splits
-    from prosparse.predictor import predict
-
-    model, tokenizer = _open(config)
-    how: dict = {key: getattr(config, key) for key in ("bos", "column", "cache", "held_out")}
-    rows: Any = text_splits(config.text, tokenizer, config.context, **how)
-    asked = {key: getattr(config, key) for key in ("checkpoint", "text", "held_out", "context", "top")}
-    result = predict(model, rows[0], rows[1], config) | asked | _conditions(config, model)
-    _write_result(Path(config.out).expanduser(), result)
-    return result
-
-
-def _shift(config: schema.ShiftCheckpoint) -> dict:
-    from prosparse.exporters.hf import export_hf_model
-    from prosparse.ffn import activation_of, substitute
-    from prosparse.sparsity import spread
-    from prosparse.threshold import shift
-
-    model, tokenizer = _open(config)
-    substitute(model, *activation_of(model))
-    rows = _rows(config, tokenizer, None)
-    chosen = [rows[i] for i in spread(len(rows), config.calibration_rows)]
-    how = schema.Shift(config.threshold, config.budget, config.calibration_rows, config.start, config.refinements)
-    shifted = shift(model, chosen, how, batch=config.batch, report=lambda point: print(point, file=sys.stderr))
-    conditions = {"text": config.text, **_conditions(config, model)}
-    result = export_hf_model(model, tokenizer, config.out, _dtype(config.dtype))
-    result |= {"shift": shifted.to_dict() | conditions}
-    _write_result(Path(config.out).expanduser(), result)  # over the export's own, which it contains
-    return result
-
-
-def _export(config: schema.Export) -> dict:
-    from prosparse.exporters.hf import export_hf_model
-    from prosparse.exporters.vllm import export_vllm
-    from prosparse.models.load import load_model, load_tokenizer
-
-    dtype = _dtype(schema.Dtype.fp32 if config.format is schema.ExportFormat.powerinfer else config.dtype)
-    trust: dict = {"trust_remote_code": config.trust_remote_code}
-    model = load_model(config.checkpoint, dtype=dtype, trust_pickle=config.trust_pickle, **trust)
-    tokenizer = load_tokenizer(config.checkpoint, **trust)
-    if config.format is schema.ExportFormat.powerinfer:
-        return _export_powerinfer(config, model, tokenizer)
-    exporters: dict[schema.ExportFormat, Callable[..., dict]] = {
-        schema.ExportFormat.hf: export_hf_model,
-        schema.ExportFormat.vllm: partial(export_vllm, plug_in=config.plug_in),
-    }
-    result = exporters[config.format](model, tokenizer, config.out, dtype)
-    if "serve" in result:
-        print(result["serve"], file=sys.stderr)
-    return result
-
-
-def _export_powerinfer(config: schema.Export, model: Any, tokenizer: Any) -> dict:
-    from prosparse.exporters.powerinfer import export_powerinfer
-    from prosparse.sparsity import spread
-
-    assert config.predictors is not None
-    rows = None if config.text is None else _rows(config, tokenizer, None)
-    chosen = None if rows is None else [rows[i] for i in spread(len(rows), config.rows)]
-    how: dict = {
-        "quantization": config.quantization,
-        "drop_threshold": config.drop_threshold,
-        "rows": chosen,
-        "text": config.text,
-    }
-    return export_powerinfer(model, tokenizer, config.predictors, config.out, **how, batch=config.batch)
-
-
-def _generate(config: schema.Generate) -> dict:
-    import torch
-
-    from prosparse.generation import converse
-
-    if config.prompt is None and not sys.stdin.isatty():
-        raise ValueError("prompt is missing, and stdin is no terminal to type one at: give prompt=TEXT")
-    out = _claim(config.out)
-    model, tokenizer = _open(config)
-    torch.manual_seed(config.seed)
-    turns = converse(config, model, tokenizer)
-    asked = {key: getattr(config, key) for key in ("checkpoint", "system", "chat", "temperature", "top_p", "seed")}
-    result = ({"turns": turns} if config.prompt is None else turns[0]) | asked | _conditions(config, model)
-    if out is not None:
-        _write_result(out, result)
-    return result
-
-
-RUN: dict[str, Callable[[Any], dict]] = {
-    "train": _train,
-    "prepare": _prepare,
-    "measure": _measure,
-    "predict": _predict,
-    "shift": _shift,
-    "export": _export,
-    "generate": _generate,
-}
-
-
-def _open(config: schema.Measure | schema.Predict | schema.ShiftCheckpoint | schema.Generate) -> tuple[Any, Any]:
-    import torch
-
-    from prosparse.models.load import load_model, load_tokenizer
-
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    trust: dict = {"trust_remote_code": config.trust_remote_code}
-    pickle = config.trust_pickle
-    model = load_model(config.checkpoint, dtype=_dtype(config.dtype), device=device, trust_pickle=pickle, **trust)
-    return model, load_tokenizer(config.checkpoint, **trust)
-
-
-def _rows(
-    config: schema.Measure | schema.ShiftCheckpoint | schema.Export, tokenizer: Any, held_out: float | None
-) -> Any:
-    from prosparse.data import text_rows
-
-    assert config.text is not None
-    return text_rows(
-        config.text,
-        tokenizer,
-        config.context,
-        bos=config.bos,
-        column=config.column,
-        cache=config.cache,
-        held_out=held_out,
-    )
-
-
-def _dtype(dtype: schema.Dtype) -> Any:
-    import torch
-
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-
-
-def _conditions(config: schema.Measure | schema.Predict | schema.ShiftCheckpoint | schema.Generate, model: Any) -> dict:
-    from prosparse.telemetry import command
-
-    return {"dtype": str(config.dtype), "device": str(model.device), "command": command()}
-
-
-def _claim(out: str | None) -> Path | None:
-    if out is None:
-        return None
-    try:
-        (folder := Path(out).expanduser()).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"out={out} cannot be written ({error.strerror}): choose a folder that can") from error
-    return folder
-
-
-def _write_result(folder: Path, result: dict) -> None:
-    from prosparse.telemetry import strict_json, write_atomically
-
-    write_atomically(folder / "result.json", strict_json(result, indent=1) + "\n")
 
 
 def _print_result(result: dict) -> None:

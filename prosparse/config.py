@@ -350,31 +350,41 @@ class Prepare(Train):
 
 
 @dataclass
-class Measure:
+class Opens:
+    """What every verb that opens a model takes."""
+
     checkpoint: str = MISSING  # Hub name, folder, .gguf file, package:// path, run folder or one of its checkpoints
-    text: str = MISSING  # `stdlib`, a file, a folder, or hub://NAME
-    held_out: float | None = None  # measure only this held-out share of the documents (data.held_out of the training)
-    column: str = "text"
-    context: int = 512
-    rows: int | None = None  # rows measured, spread evenly; null: all
-    batch: int = 4
-    bos: Bos = Bos.auto
     dtype: Dtype = Dtype.bf16
     device: str = "auto"
     threads: int | None = None
     trust_remote_code: bool = False
     trust_pickle: bool = False
+
+
+@dataclass
+class Reads(Opens):
+    """What every verb that also reads a text takes."""
+
+    text: str = MISSING  # `stdlib`, a file, a folder, or hub://NAME
+    column: str = "text"
+    context: int = 512
+    batch: int = 4  # rows that the model computes together
+    bos: Bos = Bos.auto
     cache: str = "~/.cache/prosparse/data"
+
+
+@dataclass
+class Measure(Reads):
+    held_out: float | None = None  # measure only this held-out share of the documents (data.held_out of the training)
+    rows: int | None = None  # rows measured, spread evenly; null: all
     out: str | None = None  # folder for result.json
     neurons: bool = False  # how often each neuron fires, to out/neurons.safetensors
 
 
 @dataclass
-class Predict:
+class Predict(Reads):
     """`prosparse predict`: optimizer, batch and epochs are the published ones of ProSparse's predictors."""
 
-    checkpoint: str = MISSING
-    text: str = MISSING
     out: str = MISSING
     held_out: float = 0.05  # share of the documents that are judged on and not learned from
     rows: int | None = 800  # rows learned from, spread evenly; null: all
@@ -389,66 +399,35 @@ class Predict:
     lr: float = 1e-3
     tokens: int = 1024  # of a batch of the predictors
     seed: int = 0
-    column: str = "text"
-    context: int = 512
-    batch: int = 4  # rows that the model computes together
-    bos: Bos = Bos.auto
-    dtype: Dtype = Dtype.bf16
-    device: str = "auto"
-    threads: int | None = None
-    trust_remote_code: bool = False
-    trust_pickle: bool = False
-    cache: str = "~/.cache/prosparse/data"
 
 
 @dataclass
-class ShiftCheckpoint:
+class ShiftCheckpoint(Reads):
     """`prosparse shift`: the end of a recipe for a model that is already trained."""
 
-    checkpoint: str = MISSING
     out: str = MISSING
-    text: str = MISSING
     threshold: float | None = None
     budget: float | None = None
     calibration_rows: int = 32
     start: float = 0.01
     refinements: int = 4
-    column: str = "text"
-    context: int = 512
-    batch: int = 4
-    bos: Bos = Bos.auto
-    dtype: Dtype = Dtype.bf16
-    device: str = "auto"
-    threads: int | None = None
-    trust_remote_code: bool = False
-    trust_pickle: bool = False
-    cache: str = "~/.cache/prosparse/data"
 
 
 @dataclass
-class Export:
-    checkpoint: str = MISSING
+class Export(Reads):
+    text: str | None = None  # type: ignore[assignment]  # with drop_threshold: measure on this what that does
+    rows: int | None = 64  # ... on so many rows, spread evenly
     format: ExportFormat = ExportFormat.hf
     out: str = MISSING
-    dtype: Dtype = Dtype.bf16  # of a Hugging Face folder; what is quantized is read in fp32
+    device: str = "cpu"
     plug_in: bool = True  # vllm: false refuses a model that stock vLLM cannot load
-    trust_remote_code: bool = False
-    trust_pickle: bool = False
     quantization: Quantization = Quantization.f16  # powerinfer
     predictors: str | None = None  # powerinfer: folder of `prosparse predict`
     drop_threshold: bool = False  # powerinfer: write a FATReLU model without its threshold
-    text: str | None = None  # with drop_threshold: measure on this what that does
-    rows: int | None = 64  # ... on so many rows, spread evenly
-    column: str = "text"
-    context: int = 512
-    batch: int = 4
-    bos: Bos = Bos.auto
-    cache: str = "~/.cache/prosparse/data"
 
 
 @dataclass
-class Generate:
-    checkpoint: str = MISSING
+class Generate(Opens):
     prompt: str | None = None  # null: a conversation at the terminal
     system: str | None = None  # what the conversation starts with, where the chat template has a place for it
     max_new_tokens: int = 256
@@ -456,11 +435,6 @@ class Generate:
     top_p: float = 1.0
     chat: Chat = Chat.auto  # auto: the tokenizer's chat template if it has one
     seed: int = 0
-    dtype: Dtype = Dtype.bf16
-    device: str = "auto"
-    threads: int | None = None
-    trust_remote_code: bool = False
-    trust_pickle: bool = False
     out: str | None = None  # folder for result.json
 
 

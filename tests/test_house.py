@@ -16,6 +16,7 @@ FLOORS = [
     {"exporters"},
     {"engine"},
     {"run", "trainer"},
+    {"verbs"},
     {"cli"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
