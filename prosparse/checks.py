@@ -15,6 +15,7 @@ from prosparse.config import (
     Export,
     ExportFormat,
     Generate,
+    Granularity,
     Guard,
     L1Shape,
     Lr,
@@ -27,6 +28,7 @@ from prosparse.config import (
     ShiftCheckpoint,
     Train,
     merged_lr,
+    shift_of,
 )
 
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -44,7 +46,7 @@ def validate(config: Any) -> None:
         validate_recipe(config.recipe)
         _validate_train(config)
     if isinstance(config, ShiftCheckpoint):
-        shift = Shift(config.threshold, config.budget, config.calibration_rows, config.start, config.refinements)
+        shift = shift_of(config)
         require(
             (shift.threshold is None) != (shift.budget is None), "give either threshold=T or budget=B, for one of them"
         )
@@ -53,10 +55,8 @@ def validate(config: Any) -> None:
         require(config.context >= 2, f"context is {config.context}: a row needs at least 2 tokens")
         require(config.batch >= 1, f"batch is {config.batch}: give at least 1")
         _validate_device(config.device)
-    if isinstance(config, Measure) and config.held_out is not None:
-        require(0 < config.held_out < 1, f"held_out is {config.held_out}: give a share between 0 and 1, or null")
     if isinstance(config, Measure):
-        require(not config.neurons or config.out is not None, "neurons=true writes a file: give out=DIR")
+        _validate_measure(config)
     if isinstance(config, Predict):
         _validate_predict(config)
     if isinstance(config, Export) and config.format is ExportFormat.powerinfer:
@@ -286,6 +286,23 @@ def _validate_generate(config: Generate) -> None:
     _validate_device(config.device)
 
 
+def _validate_measure(config: Measure) -> None:
+    require((config.text is None) != (not config.texts), "give either text=PATH or texts={NAME: {path: PATH}, ...}")
+    require(not config.texts or config.held_out is None, "held_out belongs to text: give texts.NAME.held_out instead")
+    shares = {"held_out": config.held_out} | {f"texts.{name}.held_out": t.held_out for name, t in config.texts.items()}
+    for key, share in shares.items():
+        require(share is None or 0 < share < 1, f"{key} is {share}: give a share between 0 and 1, or null")
+    counts = {"rows": config.rows, "curve_rows": config.curve_rows}
+    counts |= {f"texts.{name}.rows": t.rows for name, t in config.texts.items()}
+    for key, rows in counts.items():
+        require(rows is None or rows >= 1, f"{key} is {rows}: give at least 1, or null for all")
+    require(not config.neurons or config.out is not None, "neurons=true writes a file: give out=DIR")
+    percent = config.cett_percent
+    require(percent is None or (isfinite(percent) and percent > 0), f"cett_percent is {percent}: give e.g. 1, or null")
+    for percent in config.top_k:
+        require(0 < percent <= 100, f"top_k has {percent}: give percents above 0 and up to 100")
+
+
 def _validate_predict(config: Predict) -> None:
     for name in ("held_out", "recall", "top"):
         share = getattr(config, name)
@@ -330,6 +347,11 @@ def _validate_shift(shift: Shift, prefix: str) -> None:
     require(
         shift.budget is None or (isfinite(shift.budget) and shift.budget > 0),
         f"{prefix}budget is {shift.budget}: give the rise of perplexity allowed, e.g. 0.01",
+    )
+    require(
+        shift.granularity is Granularity.model or shift.budget is not None,
+        f"{prefix}granularity is {shift.granularity}: thresholds by {shift.granularity} are allocated within a budget: "
+        f"give {prefix}budget, e.g. 0.01",
     )
     require(shift.start > 0, f"{prefix}start is {shift.start}: give a positive threshold")
     require(shift.refinements >= 0, f"{prefix}refinements is {shift.refinements}: give 0 or more")

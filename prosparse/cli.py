@@ -223,7 +223,9 @@ def _run_several(verb: str, overrides: list[str], config_dir: str | None) -> int
 
 
 def _quote(override: str) -> str:
-    """Quote a free-text value that Hydra's grammar would stumble over."""
+    """Quote a free-text value that Hydra's grammar would stumble over; a mapping that begins empty takes new keys."""
+    if override.startswith("texts="):
+        return f"+{override}"
     match = FREE_TEXT.match(override)
     if match is None:
         return override

@@ -89,6 +89,12 @@ class Quantization(StrEnum):
     q4_0 = "q4_0"
 
 
+class Granularity(StrEnum):
+    model = "model"
+    layer = "layer"
+    neuron = "neuron"
+
+
 class OnSpike(StrEnum):
     none = "none"
     log = "log"
@@ -179,6 +185,7 @@ class Shift:
     calibration_rows: int = 32
     start: float = 0.01  # first threshold tried under a budget; doubled or halved from there
     refinements: int = 4  # bisections between the last threshold within the budget and the first beyond it
+    granularity: Granularity = Granularity.model  # layer, neuron: thresholds of their own, folded; needs a budget
 
 
 @dataclass
@@ -374,11 +381,27 @@ class Reads(Opens):
 
 
 @dataclass
+class Text:
+    """One of several texts that are measured."""
+
+    path: str = MISSING  # as `text`
+    held_out: float | None = None
+    column: str = "text"
+    rows: int | None = None
+
+
+@dataclass
 class Measure(Reads):
+    text: str | None = None  # type: ignore[assignment]
+    texts: dict[str, Text] = field(default_factory=dict)  # instead of `text`: several, by name
     held_out: float | None = None  # measure only this held-out share of the documents (data.held_out of the training)
     rows: int | None = None  # rows measured, spread evenly; null: all
     out: str | None = None  # folder for result.json
     neurons: bool = False  # how often each neuron fires, to out/neurons.safetensors
+    curves: bool = False  # CETT-PPL-p % and the top-k curve on the first text: some twenty passes more
+    cett_percent: float | None = 1.0  # p; null: only the top-k curve
+    top_k: list[float] = field(default_factory=lambda: [100.0, 70.0, 50.0, 40.0, 30.0, 25.0, 20.0, 15.0, 10.0, 5.0])
+    curve_rows: int | None = 32  # rows of the curves, spread evenly; null: all that are measured
 
 
 @dataclass
@@ -411,6 +434,7 @@ class ShiftCheckpoint(Reads):
     calibration_rows: int = 32
     start: float = 0.01
     refinements: int = 4
+    granularity: Granularity = Granularity.model
 
 
 @dataclass
@@ -441,3 +465,8 @@ class Generate(Opens):
 def merged_lr(lr: Lr, own: StageLr) -> Lr:
     """The recipe's learning rate with what a stage changes of it."""
     return replace(lr, **{f.name: value for f in fields(own) if (value := getattr(own, f.name)) is not None})
+
+
+def shift_of(config: ShiftCheckpoint) -> Shift:
+    """What the verb's keys say, as a recipe has it."""
+    return Shift(**{f.name: getattr(config, f.name) for f in fields(Shift)})

@@ -20,6 +20,7 @@ from prosparse.activations import ACTIVATIONS, intermediate
 from prosparse.penalty import PenaltyContext, inject_l1
 
 ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function", "activation")  # in a config, by family
+DOWN_NAMES = ("down_proj", "fc2", "dense_4h_to_h")
 NEURON_KEYS = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "ffn_hidden_size")
 
 
@@ -201,6 +202,18 @@ def sparse_ffns(model: nn.Module) -> list[SparseFFN]:
     return [module for module in model.modules() if isinstance(module, SparseFFN)]
 
 
+def down_weights(model: PreTrainedModel) -> list[Tensor]:
+    """By layer the weight that the intermediate enters, [hidden, neurons]; ValueError for experts."""
+    weights = []
+    for name, module in find_ffns(model).items():
+        if ffn_forms(model)[name] is ExpertsFFN:
+            raise ValueError(f"{type(model).__name__}: the neurons of experts are not told apart")
+        owner = model.get_submodule(name.rpartition(".")[0]) if ffn_forms(model)[name] is UngatedFFN else module
+        down = next(child for key in DOWN_NAMES if (child := getattr(owner, key, None)) is not None)
+        weights.append(down.weight)
+    return weights
+
+
 def neurons(config: PreTrainedConfig) -> int:
     """The neurons that a token visits in one layer: those of the FFN, or of its experts together.
 
@@ -262,17 +275,18 @@ def set_penalty(model: nn.Module, context: PenaltyContext | None) -> None:
 
 
 @contextmanager
-def observing(model: PreTrainedModel, see: Callable[..., None]) -> Iterator[int]:
+def observing(model: PreTrainedModel, see: Callable[..., Tensor | None]) -> Iterator[int]:
     """While the block runs, every forward pass calls see(layer, x1, **routing) with each FFN's intermediate.
 
-    Gives the number of FFNs. A model that is not substituted has, meanwhile, SparseFFNs with its own activation.
+    What `see` returns, unless it is None, goes on in the place of x1. Gives the number of FFNs. A model that is not
+    substituted has, meanwhile, SparseFFNs with its own activation.
     Raises ValueError if it has FFNs or an activation that are not known.
     """
     found = find_ffns(model)
 
     def pass_on(x1: Tensor, layer: int, **routing) -> Tensor:
-        see(layer, x1, **routing)
-        return x1
+        put = see(layer, x1, **routing)
+        return x1 if put is None else put
 
     if not all(isinstance(module, SparseFFN) for module in found.values()):
         put_sparse_ffns(model, *activation_of(model))

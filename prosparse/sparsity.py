@@ -1,28 +1,30 @@
 """All measurements of activations and perplexity.
 
-In: a model (Hugging Face or substituted, also sharded by an engine) and token rows. Out: a `Measurement`.
-Called on every rank of a process group it shares the rows among them and sums exactly.
+In: a model (Hugging Face or substituted, also sharded by an engine) and token rows. Out: a `Measurement`, the curves of
+CETT and of top-k. Called on every rank of a process group they share the rows among them and sum exactly.
+docs/metrics.md has the formulas.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prosparse.activity import Activity
+from prosparse.data import Batch
 from prosparse.data import batch as make_batch
-from prosparse.ffn import find_ffns, observing
-from prosparse.penalty import COUNT, mean_abs_by_layer, new_statistics, row_mask, sparsity_by_layer, tally
+from prosparse.ffn import down_weights, find_ffns, observing
+from prosparse.penalty import mean_abs_by_layer, new_statistics, row_mask, sparsity_by_layer, tally
 
-# The hot neurons of a layer are the fewest that make up this share of its activations (PowerInfer, section 3).
-HOT = 0.8
+CANDIDATES, REFINEMENTS = 33, 10  # of the thresholds of a layer at a CETT; bisections of the CETT
 
 
 @dataclass
@@ -35,6 +37,11 @@ class Measurement:
     sparsity: float
     sparsity_by_layer: list[float]
     mean_abs_by_layer: list[float]
+    sums: list[Tensor] = field(repr=False, compare=False)  # what the above was computed from: `pooled` adds it up
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the sums."""
+        return {key: value for key, value in vars(self).items() if key != "sums"}
 
 
 def language_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -57,6 +64,55 @@ def spread(rows: int, wanted: int | None) -> list[int]:
     return np.linspace(0, rows - 1, wanted).round().astype(int).tolist()
 
 
+def run_passes(
+    model: PreTrainedModel,
+    rows: Sequence[np.ndarray],
+    chosen: Sequence[int],
+    batch: int,
+    see: Callable[..., Tensor | None],
+    *,
+    ended: Callable[[Batch], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """(summed loss, labeled tokens), fp64 [2] over all ranks, of the rows at `chosen`, `batch` at a time.
+
+    see(layer, x1, data, **routing) is called for every FFN of every batch, as by `observing`; data is None where a rank
+    without rows of its own goes through the forward pass for the others, which under ZeRO-3 need its weights. `ended`
+    is called after each batch of this rank.
+    """
+    if not chosen:
+        raise ValueError("there are no rows to measure: the text is shorter than one row of `context` tokens")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    share = [chosen[i : i + batch] for i in range(0, len(chosen), batch)][rank::world]
+    passes = math.ceil(math.ceil(len(chosen) / batch) / world)
+    totals = torch.zeros(2, dtype=torch.float64, device=model.device)
+    was_training = model.training
+    model.eval()
+    for number in range(passes):
+        own = number < len(share)
+        data = make_batch(rows, share[number] if own else chosen[:1]).to(model.device)
+        with observing(model, partial(see, data=data if own else None)):
+            logits = model(**data.inputs(), use_cache=False).logits
+        if own:
+            totals += torch.stack(
+                [language_loss(logits, data.labels).double(), totals.new_tensor(labeled(data.labels))]
+            )
+            if ended is not None:
+                ended(data)
+        if progress is not None:
+            progress(number + 1, passes)
+    model.train(was_training)
+    add_ranks(totals)
+    return totals
+
+
+def add_ranks(*sums: Tensor) -> None:
+    """Make each tensor the sum of those of all ranks."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for part in sums:
+            dist.all_reduce(part)
+
+
 @torch.no_grad()
 def measure(
     model: PreTrainedModel,
@@ -65,93 +121,177 @@ def measure(
     batch: int = 4,
     indices: Sequence[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
-    fired: list[Tensor] | None = None,
+    activity: Activity | None = None,
 ) -> Measurement:
     """Perplexity and sparsity of `model` on `rows` (see `Rows`), or on those named by `indices`.
 
-    An empty list `fired` is given one tensor a layer: the share of tokens at which each of its neurons was not zero,
-    [neurons]; in one process only, and not of experts.
-    Any model whose FFNs and activation are known can be measured, substituted or not.
+    `activity` sees the same pass. Any model whose FFNs and activation are known can be measured, substituted or not.
     In a process group every rank has to call it; each measures its share and all return the same result.
-    Raises ValueError if there are no rows, the model has no FFN that is known, or experts are asked for what `fired`.
+    Raises ValueError if there are no rows or the model has no FFN that is known.
+    """
+    statistics = new_statistics(len(find_ffns(model)), model.device)
+
+    def see(layer: int, x1: Tensor, data: Batch | None, tokens: Tensor | None = None, visits: int = 1) -> None:
+        if data is not None:
+            kept = row_mask(data.token_mask, x1, tokens)
+            flat = x1.flatten(0, -2) if kept is None else x1[kept]
+            tally(statistics[layer], flat, flat.sign(), torch.tensor(flat.numel(), dtype=torch.float64))
+            if activity is not None:
+                activity.see(layer, x1, data, tokens, visits)
+
+    chosen = list(range(len(rows))) if indices is None else list(indices)
+    ended = None if activity is None else activity.ended
+    totals = run_passes(model, rows, chosen, batch, see, ended=ended, progress=progress)
+    add_ranks(statistics)
+    if activity is not None:
+        activity.add_ranks()
+    return _measurement(statistics, totals)
+
+
+def pooled(parts: Sequence[Measurement]) -> Measurement:
+    """What one measurement of all the texts together would say."""
+    return _measurement(*(sum(both[1:], start=both[0]) for both in zip(*(part.sums for part in parts), strict=True)))
+
+
+def _measurement(statistics: Tensor, totals: Tensor) -> Measurement:
+    loss, tokens = totals[0].item() / totals[1].item(), int(totals[1].item())
+    layers = sparsity_by_layer(statistics)
+    mean_abs = mean_abs_by_layer(statistics)
+    return Measurement(
+        _perplexity(totals), loss, tokens, sum(layers) / len(layers), layers, mean_abs, [statistics, totals]
+    )
+
+
+# --- curves: what the model would bear --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def top_k_curve(
+    model: PreTrainedModel,
+    rows: Sequence[np.ndarray],
+    percents: Sequence[float],
+    *,
+    batch: int = 4,
+    indices: Sequence[int] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """{percent, perplexity, tokens} where each layer keeps of every token the largest percent % of |x1|, at least one.
+
+    Of experts: of every token's visit to an expert. A pass for each percent; ranks as in `measure`.
     """
     chosen = list(range(len(rows))) if indices is None else list(indices)
-    if not chosen:
-        raise ValueError("there are no rows to measure: the text is shorter than one row of `context` tokens")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = model.device
-    share = [chosen[i : i + batch] for i in range(0, len(chosen), batch)][rank::world]
-    passes = math.ceil(math.ceil(len(chosen) / batch) / world)
-    statistics = new_statistics(len(find_ffns(model)), device)
-    totals = torch.zeros(2, dtype=torch.float64, device=device)  # summed loss, labeled tokens
-    mask: Tensor | None = None
-    own = False
+    curve = []
+    for percent in percents:
 
-    def count(layer: int, x1: Tensor, tokens: Tensor | None = None, visits: int = 1) -> None:
-        if own:
-            kept = row_mask(mask, x1, tokens)
-            x1 = x1.flatten(0, -2) if kept is None else x1[kept]
-            tally(statistics[layer], x1, x1.sign(), torch.tensor(x1.numel(), dtype=torch.float64))
-            if fired is not None:
-                if tokens is not None:
-                    raise ValueError("neurons=true: the neurons of experts are not told apart; set it to false")
-                active = (x1 != 0).sum(0)
-                if layer == len(fired):
-                    fired.append(active)
-                else:
-                    fired[layer] += active
+        def keep(layer: int, x1: Tensor, percent: float = percent, **_: Any) -> Tensor:
+            kept = x1.abs().topk(max(1, round(x1.shape[-1] * percent / 100)), dim=-1).indices
+            return torch.zeros_like(x1).scatter_(-1, kept, x1.gather(-1, kept))
 
-    was_training = model.training
-    model.eval()
-    for number in range(passes):
-        # A rank without rows of its own goes through the forward pass too: under ZeRO-3 it holds a part of the weights.
-        own = number < len(share)
-        data = make_batch(rows, share[number] if own else chosen[:1]).to(device)
-        mask = data.token_mask
-        with observing(model, count):
-            logits = model(**data.inputs(), use_cache=False).logits
-        if own:
-            totals += torch.stack(
-                [language_loss(logits, data.labels).double(), totals.new_tensor(labeled(data.labels))]
-            )
-        if progress is not None:
-            progress(number + 1, passes)
-    model.train(was_training)
-    if world > 1:
-        dist.all_reduce(statistics)
-        dist.all_reduce(totals)
-    loss, tokens = totals[0].item() / totals[1].item(), int(totals[1].item())
-    if fired is not None:
-        fired[:] = [count * count.numel() / row[COUNT] for count, row in zip(fired, statistics, strict=True)]
-    layers = sparsity_by_layer(statistics)
-    perplexity = math.inf if loss > 700 else math.exp(loss)
-    return Measurement(perplexity, loss, tokens, sum(layers) / len(layers), layers, mean_abs_by_layer(statistics))
+        totals = run_passes(model, rows, chosen, batch, keep, progress=progress)
+        curve.append({"percent": percent, "perplexity": _perplexity(totals), "tokens": int(totals[1].item())})
+    return curve
 
 
-def hot(frequency: Tensor) -> Tensor:
-    """Which neurons of a layer are hot, bool [neurons]; frequency: the share of tokens at which each fires."""
-    order = frequency.argsort(descending=True, stable=True)
-    before = frequency[order].cumsum(0) - frequency[order]
-    chosen = torch.zeros_like(frequency, dtype=torch.bool)
-    chosen[order] = before < HOT * frequency.sum()
-    return chosen & (frequency > 0)
+@torch.no_grad()
+def cett_curve(
+    model: PreTrainedModel,
+    rows: Sequence[np.ndarray],
+    percent: float = 1.0,
+    *,
+    batch: int = 4,
+    indices: Sequence[int] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """CETT-PPL-p % (arXiv 2411.02335): the sparsity at the largest CETT that costs at most p % of perplexity.
 
-
-def save_neurons(fired: Sequence[Tensor], text: str, folder: Path) -> dict:
-    """Write `fired` of `measure` to folder/neurons.safetensors and return what it says of hot and cold neurons.
-
-    The file has layers.N.frequency (fp32 [neurons]) and layers.N.hot (bool [neurons]), in its metadata the `text`.
+    Neuron i of a token is left out where |x1_i| · ‖column i of down_proj‖ < a threshold, one a layer. CETT is the norm
+    of what is left out as a share of the norm of the whole output, mean over tokens; all layers have the same. The
+    threshold of a layer at a CETT is interpolated between CANDIDATES thresholds, quantiles of the magnitudes in the
+    first batch, whose CETT is measured there; the CETT is bisected to 2^-REFINEMENTS, a pass each. `cett_by_layer` is
+    what the thresholds chosen give on all rows, in the dense model. Ranks as in `measure`. ValueError for experts.
     """
-    frequencies = [frequency.float().cpu() for frequency in fired]
-    sets = [hot(frequency) for frequency in frequencies]
-    tensors: dict[str, Tensor] = {}
-    for layer, (frequency, warm) in enumerate(zip(frequencies, sets, strict=True)):
-        tensors |= {f"layers.{layer}.frequency": frequency, f"layers.{layer}.hot": warm}
-    save_file(tensors, folder / "neurons.safetensors", metadata={"text": text})
+    chosen = list(range(len(rows))) if indices is None else list(indices)
+    weights = [weight.detach().float() for weight in down_weights(model)]
+    norms = [weight.norm(dim=0) for weight in weights]
+    layers = len(norms)
+    candidates = torch.zeros(layers, CANDIDATES, device=model.device)
+    lost = torch.zeros(layers, CANDIDATES, dtype=torch.float64, device=model.device)  # CETT summed over tokens
+    seen = torch.zeros(layers, dtype=torch.float64, device=model.device)
+
+    def add_lost(layer: int, x1: Tensor, data: Batch, thresholds: Tensor, sums: Tensor) -> None:
+        kept = row_mask(data.token_mask, x1)
+        x1 = (x1.flatten(0, -2) if kept is None else x1[kept]).float()
+        size = x1.abs() * norms[layer]
+        whole = (x1 @ weights[layer].T).norm(dim=-1)
+        seen[layer] += len(x1)
+        for number, threshold in enumerate(thresholds):
+            part = ((x1 * (size < threshold)) @ weights[layer].T).norm(dim=-1)
+            sums[layer, number] += torch.where(whole > 0, part / whole, 0.0).sum(dtype=torch.float64)
+
+    def sample(layer: int, x1: Tensor, data: Batch | None) -> None:
+        if data is not None:  # one batch: on one rank
+            size = (x1.float().abs() * norms[layer]).flatten()
+            size = size[size > 0].sort().values
+            places = torch.linspace(0, len(size) - 1, CANDIDATES - 1, dtype=torch.float64).round().long()
+            if len(size) > 0:
+                candidates[layer, 1:] = size[places.to(size.device)]
+            add_lost(layer, x1, data, candidates[layer], lost)
+
+    run_passes(model, rows, chosen[:batch], batch, sample)
+    add_ranks(candidates, lost, seen)
+    # Vectors may cancel, so that more of them left out is less: a threshold belongs to the largest CETT up to it.
+    curves = (lost / seen[:, None]).cummax(dim=1).values.cpu().numpy()
+
+    def thresholds_at(cett: float) -> Tensor:
+        found = [np.interp(cett, curve, line) for curve, line in zip(curves, candidates.cpu().numpy(), strict=True)]
+        return torch.tensor(found, dtype=torch.float32)
+
+    def dense(layer: int, x1: Tensor, data: Batch | None) -> None:
+        if data is not None:
+            add_lost(layer, x1, data, chosen_thresholds[layer][None], lost)
+
+    def tried(cett: float) -> tuple[float, Tensor]:
+        thresholds, statistics = thresholds_at(cett).to(model.device), new_statistics(layers, model.device)
+
+        def cut(layer: int, x1: Tensor, data: Batch | None) -> Tensor:
+            x1 = torch.where(x1.float().abs() * norms[layer] >= thresholds[layer], x1, 0.0)
+            if data is not None:
+                kept = row_mask(data.token_mask, x1)
+                flat = x1.flatten(0, -2) if kept is None else x1[kept]
+                tally(statistics[layer], flat, flat.sign(), torch.tensor(flat.numel(), dtype=torch.float64))
+            return x1
+
+        totals = run_passes(model, rows, chosen, batch, cut, progress=progress)
+        add_ranks(statistics)
+        return _perplexity(totals), statistics
+
+    before, statistics = tried(0.0)
+    low, high, perplexity = 0.0, 1.0, before
+    for _ in range(REFINEMENTS):
+        middle = (low + high) / 2
+        there, counted = tried(middle)
+        if there <= before * (1 + percent / 100):
+            low, perplexity, statistics = middle, there, counted
+        else:
+            high = middle
+    chosen_thresholds = thresholds_at(low).to(model.device)
+    lost, seen = lost[:, :1].zero_(), seen.zero_()
+    totals = run_passes(model, rows, chosen, batch, dense)
+    add_ranks(lost, seen)
+    by_layer = sparsity_by_layer(statistics)
     return {
-        "file": str(folder / "neurons.safetensors"),
-        "hot_makes_up": HOT,
-        "hot_by_layer": [warm.float().mean().item() for warm in sets],
-        "never_by_layer": [(frequency == 0).float().mean().item() for frequency in frequencies],
-        "always_by_layer": [(frequency == 1).float().mean().item() for frequency in frequencies],
+        "percent": percent,
+        "cett": low,
+        "cett_by_layer": (lost[:, 0] / seen).tolist(),
+        "thresholds": chosen_thresholds.tolist(),
+        "sparsity": sum(by_layer) / layers,
+        "sparsity_by_layer": by_layer,
+        "perplexity": perplexity,
+        "dense_perplexity": before,
+        "tokens": int(totals[1].item()),
     }
+
+
+def _perplexity(totals: Tensor) -> float:
+    loss = totals[0].item() / totals[1].item()
+    return math.inf if loss > 700 else math.exp(loss)

@@ -7,7 +7,7 @@ Imports stand inside the functions: a verb loads what it needs, and a config err
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from prosparse.config import (
     Predict,
     Prepare,
     Reads,
-    Shift,
     ShiftCheckpoint,
+    Text,
     Train,
+    shift_of,
 )
 
 
@@ -52,28 +53,53 @@ def run_prepare(config: Prepare) -> dict:
 
 
 def run_measure(config: Measure) -> dict:
-    from prosparse.sparsity import measure, save_neurons, spread
+    from prosparse.activity import Activity, save_neurons
+    from prosparse.ffn import activation_of, find_ffns
+    from prosparse.group import from_rank_zero, rank_and_world
+    from prosparse.sparsity import cett_curve, measure, pooled, spread, top_k_curve
 
     out = _claim(config.out)
     model, tokenizer = _open(config)
-    rows = _rows(config, tokenizer, config.held_out)
-    fired: list | None = [] if config.neurons else None
-    result = asdict(measure(model, rows, batch=config.batch, indices=spread(len(rows), config.rows), fired=fired))
-    if out is not None and fired is not None:
-        result["neurons"] = save_neurons(fired, config.text, out)
-    result |= {
-        "checkpoint": config.checkpoint,
-        "text": config.text,
-        "held_out": config.held_out,
-        "context": config.context,
-        **_conditions(config, model),
+    layers = len(find_ffns(model))
+    alone = Text(config.text or "", config.held_out, config.column, config.rows)
+    texts = config.texts or {"text" if config.text is None else Path(config.text).stem: alone}
+    measured, activities, rows = {}, {}, {}
+    for name, text in texts.items():
+        rows[name] = from_rank_zero(partial(_rows, config, tokenizer, text.held_out, text.path, text.column))
+        activities[name] = Activity(layers)
+        chosen = spread(len(rows[name]), text.rows)
+        measured[name] = measure(
+            model, rows[name], batch=config.batch, indices=chosen, activity=activities[name], progress=_bar(name)
+        )
+    whole = sum(list(activities.values())[1:], start=next(iter(activities.values())))
+    activation, param = activation_of(model)
+    result: dict = pooled(list(measured.values())).to_dict() | whole.to_dict()
+    result |= {"activation": {"name": activation, "param": param}, "cett": None, "top_k": None}
+    result["texts"] = {
+        name: {"text": text.path, "held_out": text.held_out, "rows": len(spread(len(rows[name]), text.rows))}
+        | measured[name].to_dict()
+        | activities[name].to_dict()
+        for name, text in texts.items()
     }
-    if out is not None:
+    if config.curves:
+        name = next(iter(texts))
+        chosen = spread(len(rows[name]), texts[name].rows)
+        how: dict = {"batch": config.batch, "indices": [chosen[i] for i in spread(len(chosen), config.curve_rows)]}
+        curve = top_k_curve(model, rows[name], config.top_k, **how, progress=_bar("top-k"))
+        result["top_k"] = [point | {"text": name} for point in curve]
+        if config.cett_percent is not None:
+            cett = cett_curve(model, rows[name], config.cett_percent, **how, progress=_bar("CETT"))
+            result["cett"] = {"text": name} | cett
+    rank, ranks = rank_and_world()
+    if out is not None and config.neurons and rank == 0:
+        result["neurons"] = save_neurons(activities, out)
+    asked = {key: getattr(config, key) for key in ("checkpoint", "text", "held_out", "context", "batch")}
+    result |= asked | {"bos": str(config.bos), "ranks": ranks, **_conditions(config, model)}
+    if out is not None and rank == 0:
         _write_result(out, result)
-    print(
-        f"perplexity {result['perplexity']:.3f}  sparsity {result['sparsity']:.2%}  on {result['tokens']:,} tokens",
-        file=sys.stderr,
-    )
+    for name, seen in result["texts"].items():
+        found = f"perplexity {seen['perplexity']:.3f}  sparsity {seen['sparsity']:.2%}"
+        _say(f"{name:<12} {found}  on {seen['tokens']:,} tokens")
     return result
 
 
@@ -91,20 +117,32 @@ def run_predict(config: Predict) -> dict:
 
 
 def run_shift(config: ShiftCheckpoint) -> dict:
+    from prosparse.allocation import fold
+    from prosparse.data import batch
     from prosparse.exporters.hf import export_hf_model
     from prosparse.ffn import activation_of, substitute
-    from prosparse.sparsity import spread
+    from prosparse.sparsity import measure, spread
     from prosparse.threshold import shift
 
     model, tokenizer = _open(config)
     substitute(model, *activation_of(model))
     rows = _rows(config, tokenizer, None)
     chosen = [rows[i] for i in spread(len(rows), config.calibration_rows)]
-    how = Shift(config.threshold, config.budget, config.calibration_rows, config.start, config.refinements)
-    shifted = shift(model, chosen, how, batch=config.batch, report=lambda point: print(point, file=sys.stderr))
-    conditions = {"text": config.text, **_conditions(config, model)}
+    report = lambda point: print(point, file=sys.stderr)  # noqa: E731
+    how = shift_of(config)
+    shifted = shift(model, chosen, how, batch=config.batch, report=report, progress=_bar("calibration"))
+    said: dict = {}
+    if shifted.thresholds is not None:  # folded from the most exact weights that the checkpoint has
+        model, tokenizer = _open(config, Dtype.fp32)
+        ids = batch(chosen, [0]).input_ids
+        said["folded"] = fold(model, shifted.thresholds, token_ids=ids, dtype=_dtype(config.dtype)).to_dict()
     result = export_hf_model(model, tokenizer, config.out, _dtype(config.dtype))
-    result |= {"shift": shifted.to_dict() | conditions}
+    if shifted.thresholds is not None:
+        model, _ = _open(replace(config, checkpoint=config.out, trust_remote_code=False))
+        seen = measure(model, chosen, batch=config.batch, progress=_bar("as folded"))
+        said["folded"] |= {"sparsity": seen.sparsity, "perplexity": seen.perplexity}
+        print(f"as folded: sparsity {seen.sparsity:.1%}  perplexity {seen.perplexity:.3f}", file=sys.stderr)
+    result |= {"shift": shifted.to_dict() | said | {"text": config.text, **_conditions(config, model)}}
     _write_result(Path(config.out).expanduser(), result)  # over the export's own, which it contains
     return result
 
@@ -193,19 +231,41 @@ def _open(config: Opens, dtype: Dtype | None = None) -> tuple[Any, Any]:
     return model, load_tokenizer(config.checkpoint, **trust)
 
 
-def _rows(config: Reads, tokenizer: Any, held_out: float | None) -> Any:
+def _rows(
+    config: Reads, tokenizer: Any, held_out: float | None, text: str | None = None, column: str | None = None
+) -> Any:
+    """The rows of config.text, or of another text."""
     from prosparse.data import text_rows
 
-    assert config.text is not None
-    return text_rows(
-        config.text,
-        tokenizer,
-        config.context,
-        bos=config.bos,
-        column=config.column,
-        cache=config.cache,
-        held_out=held_out,
-    )
+    text = text or config.text
+    how: dict = {"bos": config.bos, "column": column or config.column, "cache": config.cache}
+    return text_rows(text, tokenizer, config.context, **how, held_out=held_out)
+
+
+def _say(line: str) -> None:
+    """One line for people, of one rank."""
+    from prosparse.group import rank_and_world
+
+    if rank_and_world()[0] == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _bar(name: str) -> Callable[[int, int], None]:
+    """Shows on a terminal how far a loop has come and how long it still takes; called with (done, of)."""
+    from tqdm import tqdm
+
+    from prosparse.group import rank_and_world
+
+    bar = tqdm(desc=name, disable=None if rank_and_world()[0] == 0 else True, leave=False)
+
+    def show(done: int, of: int) -> None:
+        if done == 1:
+            bar.reset(of)
+        bar.update()
+        if done == of:
+            bar.clear()
+
+    return show
 
 
 def _dtype(dtype: Dtype) -> Any:

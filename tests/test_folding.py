@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_models import TOKEN_IDS, base_model, logits
 
+from prosparse.allocation import fold
 from prosparse.ffn import activation_of, sparse_ffns, substitute
-from prosparse.threshold import fold
 
 
 def neuron_thresholds(model, seed: int = 1) -> list[torch.Tensor]:

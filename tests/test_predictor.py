@@ -11,13 +11,14 @@ from conftest import make_tiny, tiny_llama
 from safetensors import safe_open
 from test_models import base_model
 
+from prosparse.activity import hot
 from prosparse.cli import main
 from prosparse.config import Bos, Predict
 from prosparse.data import text_splits
 from prosparse.ffn import substitute
 from prosparse.models.load import load_model, load_tokenizer
 from prosparse.predictor import judge, load_predictors, only_predicted, places, record
-from prosparse.sparsity import hot, measure
+from prosparse.sparsity import measure
 
 
 def learnable():
@@ -259,13 +260,12 @@ def test_neuron_frequencies_are_those_of_a_plain_count(small, tmp_path, capsys):
     assert main(["measure", *arguments, "rows=9", "batch=2", "neurons=true"]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     with safe_open(tmp_path / "neurons.safetensors", "pt") as file:
-        assert file.metadata() == {"text": str(small["text"])}
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     for layer in range(3):
-        frequency, warm = tensors[f"layers.{layer}.frequency"], tensors[f"layers.{layer}.hot"]
+        frequency, warm = (tensors[f"text.layers.{layer}.{name}"] for name in ("frequency", "hot"))
         assert 1 - frequency.mean().item() == pytest.approx(result["sparsity_by_layer"][layer], abs=1e-6)
         assert frequency.max() > frequency.min() and torch.equal(warm, hot(frequency))
-        assert result["neurons"]["hot_by_layer"][layer] == pytest.approx(warm.float().mean().item())
+        assert result["neurons"]["texts"]["text"]["hot_by_layer"][layer] == pytest.approx(warm.float().mean().item())
     assert main(["measure", *[a for a in arguments if not a.startswith("out=")], "neurons=true"]) == 2
     assert "give out=DIR" in capsys.readouterr().err
 
@@ -274,22 +274,3 @@ def test_hot_neurons_are_the_fewest_that_make_up_four_fifths():
     assert hot(torch.tensor([0.1, 0.0, 0.6, 0.3])).tolist() == [False, False, True, True]
     assert hot(torch.tensor([0.81, 0.0, 0.1, 0.09])).tolist() == [True, False, False, False]
     assert not hot(torch.zeros(4)).any()
-
-
-def test_frequencies_by_token_and_neuron():
-    model = tiny_llama(hidden_act="relu").eval()
-    rows = np.random.default_rng(0).integers(0, 300, (3, 24), dtype=np.int32)
-    fired: list[torch.Tensor] = []
-    seen: list[torch.Tensor] = []
-    handle = model.model.layers[2].mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    measure(model, rows, batch=2, fired=fired)
-    handle.remove()
-    x1 = torch.cat([part.flatten(0, 1) for part in seen])
-    assert len(x1) == 72 and torch.allclose(fired[2], (x1 != 0).double().mean(0))
-
-
-def test_neurons_of_experts_are_refused():
-    model = base_model("mixtral")
-    substitute(model, "relu")
-    with pytest.raises(ValueError, match="neurons of experts"):
-        measure(model, np.ones((1, 8), dtype=np.int32), fired=[])
