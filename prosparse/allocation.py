@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -37,6 +39,7 @@ from prosparse.sparsity import add_ranks, language_loss
 
 SMALLEST = 1e-4  # of the thresholds that fold: below it the factors of the rows grow without bound
 EDGES = [2.0 ** (octave / 4) for octave in range(-40, 17)]  # thresholds that are considered: four an octave
+FILE = "thresholds.safetensors"
 TRUST = 16.0  # removed elements that a neuron's own costs have to rest on to count as much as its layer's
 
 # --- where to cut -----------------------------------------------------------------------------------------------------
@@ -197,6 +200,20 @@ def cut_apart(model: PreTrainedModel, thresholds: Sequence[Tensor]) -> Iterator[
     finally:
         for ffn, (activation, param) in zip(ffns, kept, strict=True):
             ffn.activation, ffn.param = activation, param
+
+
+def save_thresholds(thresholds: Sequence[Tensor], folder: Path) -> None:
+    """Write them to a file of `folder`, layer by layer."""
+    save_file({f"layers.{layer}": part.contiguous().cpu() for layer, part in enumerate(thresholds)}, folder / FILE)
+
+
+def load_thresholds(checkpoint: Path) -> list[Tensor] | None:
+    """Those that a checkpoint has, saved in its skeleton; None if its model has one threshold or none."""
+    path = checkpoint / "skeleton" / FILE
+    if not path.exists():
+        return None
+    found = load_file(path)
+    return [found[f"layers.{layer}"] for layer in range(len(found))]
 
 
 # --- one threshold ----------------------------------------------------------------------------------------------------

@@ -120,6 +120,17 @@ def validate_recipe(recipe: Recipe) -> None:
         f"recipe.shift.threshold is {recipe.shift.threshold}, below recipe.activation.threshold "
         f"{recipe.activation.threshold} that the model trains with: raise it",
     )
+    steps, rate = recipe.recover.steps, recipe.recover.lr
+    require(steps >= 0, f"recipe.recover.steps is {steps}: give 0 or more")
+    if steps > 0:
+        require(
+            shifts, "recipe.recover trains after the shift, and this recipe has none: give shift@recipe.shift=budget"
+        )
+        require("recover" not in recipe.stages, "recipe.stages.recover: the name is taken by recipe.recover")
+        require(
+            rate is not None and isfinite(rate) and rate > 0,
+            f"recipe.recover.lr is {rate}: give the learning rate of its steps, e.g. that of the last stage's end",
+        )
     if recipe.penalty.unit is PenaltyUnit.sum_1e8:
         m = recipe.penalty.micro_batch_sequences
         require(
@@ -260,7 +271,12 @@ def _validate_train(config: Train) -> None:
     require(config.threads is None or config.threads >= 1, f"threads is {config.threads}: give at least 1, or null")
     _validate_device(config.device)
     require(config.attention in ATTENTION, f"attention is {config.attention}: choose {', '.join(ATTENTION)}")
-    names = [*config.recipe.stages, "shift"]
+    names = [*config.recipe.stages, "shift"] + ["recover"] * (config.recipe.recover.steps > 0)
+    require(
+        config.zero.stage < 3 or config.recipe.shift.granularity is Granularity.model,
+        f"recipe.shift.granularity is {config.recipe.shift.granularity}, which needs whole weights on every rank: set "
+        "zero=zero2, or end with shift@recipe.shift=none and run `prosparse shift` on the model",
+    )
     require(
         config.until is None or config.until in names, f"until={config.until}: no such stage; choose {', '.join(names)}"
     )

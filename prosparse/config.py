@@ -189,6 +189,14 @@ class Shift:
 
 
 @dataclass
+class Recover:
+    """A stage after the shift, thresholds held: the last stage's rows, batch and λ (0 after a target stage)."""
+
+    steps: int = 0
+    lr: float | None = None  # constant, from new moments on
+
+
+@dataclass
 class Optimizer:
     """AdamW."""
 
@@ -212,6 +220,7 @@ class Recipe:
     activation: Activation = field(default_factory=Activation)
     stages: dict[str, Stage] = field(default_factory=dict)
     shift: Shift = field(default_factory=Shift)
+    recover: Recover = field(default_factory=Recover)
     penalty: Penalty = field(default_factory=Penalty)
     lr: Lr = field(default_factory=Lr)
     batch: Batch = field(default_factory=Batch)

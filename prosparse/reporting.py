@@ -22,9 +22,10 @@ COLORS = {
     "substituted": "#E69F00",
     "trained": "#0072B2",
     "shifted": "#D55E00",
+    "recovered": "#009E73",
     "exported": "#000000",
 }
-MARKERS = {"base": "s", "substituted": "^", "trained": "o", "shifted": "D", "exported": "x"}
+MARKERS = {"base": "s", "substituted": "^", "trained": "o", "shifted": "D", "recovered": "v", "exported": "x"}
 BLUE, VERMILION, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#666666"
 DOTS_PER_INCH = 130
 
@@ -46,7 +47,7 @@ def table(report: dict[str, Any]) -> str:
         perplexity = model["perplexity"]
         ratio = perplexity / base if perplexity is not None and base else None
         sparsity = None if model["sparsity"] is None else 100 * model["sparsity"]
-        threshold = report["shift"]["threshold"] if name in ("shifted", "exported") and report.get("shift") else None
+        threshold = report["shift"]["threshold"] if name in AFTER_TRAINING and report.get("shift") else None
         lines.append(
             f"{name:<12} {_cell(perplexity, '.3f'):>11} {_cell(ratio, '.4f'):>8} "
             f"{_cell(sparsity, '.2f', ' %'):>9} {_cell(threshold, '.4g'):>10}"

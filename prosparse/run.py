@@ -9,6 +9,7 @@ import json
 import shutil
 import sys
 import warnings
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from prosparse import chat, checkpoint, schedule, shards, signals
+from prosparse.allocation import cut_apart, load_thresholds
 from prosparse.checkpoint import Saver, TrainState
 from prosparse.config import Checkpointing, Distillation, Dtype, Template, Train
 from prosparse.data import Prepared, mixture, open_prepared, prepare, tokenizer_digest
@@ -71,6 +73,11 @@ class Run:
     evaluated_step: int | None = None  # of the last evaluation during training
     complete: bool = False  # whether the checkpoint on its way is on the disk, on every rank
     rewinds: int = 0
+    shifted: dict | None = None  # what the shift did, once it is done
+    thresholds: list[torch.Tensor] | None = (
+        None  # by layer, where neurons or layers have their own until they are folded
+    )
+    held: ExitStack = field(default_factory=ExitStack)  # what holds them in the model
     metrics: Metrics | None = None  # rank 0 only
     tracker: Tracker | None = None  # rank 0 only
     mixtures: dict[str, Any] = field(default_factory=dict)
@@ -301,6 +308,9 @@ def identity(run: Run) -> dict:
             del stage["distillation"]
         else:
             kept["teacher"] = run.config.teacher
+    del kept["recipe"]["recover"]  # a stage by now
+    if kept["recipe"]["shift"]["granularity"] == "model":  # as in checkpoints from before there was a choice
+        del kept["recipe"]["shift"]["granularity"]
     kept["order of recipe.stages"] = list(whole["recipe"]["stages"])
     kept["data.sources weights"] = {name: source["weight"] for name, source in whole["data"]["sources"].items()}
     kept["data.tokenizer"] = tokenizer_digest(run.tokenizer)
@@ -358,7 +368,16 @@ def _fork_origin(fork: str) -> str:
 
 def _begin_anew(run: Run) -> TrainState:
     from_rank_zero(lambda: checkpoint.supersede(run.folder, 0))  # damaged ones, in the way of those to come
+    hold(run, None, None)
     return TrainState()
+
+
+def hold(run: Run, shifted: dict | None, thresholds: list[torch.Tensor] | None) -> None:
+    """From now on the model has these thresholds, and the run knows what the shift did."""
+    run.held.close()
+    run.shifted, run.thresholds = shifted, thresholds
+    if thresholds is not None:
+        run.held.enter_context(cut_apart(run.engine.module, [part.to(run.device) for part in thresholds]))
 
 
 def _begin_fork(run: Run, fork: str) -> TrainState:
@@ -386,6 +405,8 @@ def _restore(run: Run, chosen: Path, manifest: dict) -> TrainState:
                 "that, the digits of the training may: use the old version, or accept_versions=true"
             )
     checkpoint.restore(run.engine, chosen, manifest)
+    substitute(run.engine.module, manifest["activation"]["name"], manifest["activation"]["param"])
+    hold(run, manifest.get("shift"), load_thresholds(chosen))
     was = (manifest["ranks"], manifest["zero_stage"])
     now = (run.world, run.config.zero.stage)
     change = "" if was == now else f", written by {was[0]} ranks under ZeRO-{was[1]}, with {now[0]} under ZeRO-{now[1]}"

@@ -8,7 +8,22 @@ from dataclasses import asdict, dataclass, replace
 from math import cos, pi, sin
 from typing import Any
 
-from prosparse.config import Control, L1Shape, Lr, LrSchedule, PenaltyUnit, Recipe, Scale, Stage, StageLr, merged_lr
+from prosparse.config import (
+    L1,
+    Control,
+    L1Shape,
+    Lr,
+    LrSchedule,
+    PenaltyUnit,
+    Recipe,
+    Recover,
+    Scale,
+    Stage,
+    StageLr,
+    merged_lr,
+)
+
+RECOVER = "recover"  # the stage after the shift
 
 
 @dataclass(frozen=True)
@@ -36,7 +51,10 @@ def total_steps(recipe: Recipe) -> int:
 
 def last_step(recipe: Recipe, until: str | None) -> int:
     """The last step of a start that stops at `until` (a stage, the shift, or null)."""
-    return next((span.last for span in spans(recipe) if span.name == until), total_steps(recipe))
+    ends = {span.name: span.last for span in spans(recipe)}
+    if until == "shift" and RECOVER in ends:
+        return ends[RECOVER] - recipe.stages[RECOVER].steps
+    return ends.get(until or "", total_steps(recipe))
 
 
 def distills(recipe: Recipe, first: int, last: int) -> bool:
@@ -51,8 +69,8 @@ def total_tokens(recipe: Recipe) -> int:
 
 
 def scaled(recipe: Recipe) -> Recipe:
-    """The recipe that `recipe.scale` asks for, with a scale of 1; λ, contexts and peak learning rates stay."""
-    scale = recipe.scale
+    """The recipe that is run: `recipe.scale` applied (λ, contexts and peak learning rates stay), `recover` a stage."""
+    recipe, scale = _with_recover(recipe), recipe.scale
 
     def smaller(batch: Any) -> Any:
         rows = batch.sequences
@@ -72,6 +90,15 @@ def scaled(recipe: Recipe) -> Recipe:
     }
     small.lr = shorter(recipe.lr)
     return small
+
+
+def _with_recover(recipe: Recipe) -> Recipe:
+    recover, last = recipe.recover, list(recipe.stages.values())[-1]
+    if recover.steps == 0:
+        return recipe
+    rate = StageLr(LrSchedule.constant, recover.lr, warmup_steps=0)
+    stage = replace(last, steps=recover.steps, l1=L1(factor=last.l1.factor), lr=rate, reset_optimizer=True)
+    return replace(recipe, stages=recipe.stages | {RECOVER: stage}, recover=Recover())
 
 
 def stage_at(recipe: Recipe, step: int) -> Span:

@@ -28,7 +28,11 @@ from prosparse.ffn import Substitution, neurons
 
 # Dense bf16 peaks in FLOP/s, from the vendor's data sheets.
 PEAK_FLOPS = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H200": 989e12}
-AFTER_TRAINING = ("shifted", "exported")  # evaluation rows of these models are no points of the training's own curve
+AFTER_TRAINING = (
+    "shifted",
+    "recovered",
+    "exported",
+)  # evaluation rows of these models are no points of the training's own curve
 
 # --- strict JSON ------------------------------------------------------------------------------------------------------
 
@@ -90,7 +94,7 @@ class Metrics:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         again = ("trained", *AFTER_TRAINING)  # evaluated each time a run comes to its end
         rows = read_metrics(run_dir)
-        kept = [row for row in rows if row["step"] <= after_step and row.get("model") not in again]
+        kept = [row for row in rows if row["step"] <= after_step - (row.get("model") in again)]
         evaluated = (row["step"] for row in kept if row.get("model") == "training")
         self.evaluated_step = max(evaluated, default=None)  # of the last evaluation during training
         self.rewinds = [row["windows"] for row in kept if row["kind"] == "rewind"]  # the windows that each left out

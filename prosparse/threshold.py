@@ -158,7 +158,8 @@ def _allocate(
 
     spent, removed = (sum(part.sum().item() for part in parts) for parts in (costs.costs, costs.counts))
     low = high = float(round(math.log2(spent / removed))) - 8  # the mean is of elements that are far too dear to cut
-    while fits(high) and high < low + 64:
+    dearest = high + 40  # whoever bears a price of 2^40 times as much bears any
+    while high < dearest and fits(high):
         low, high = high, high + 2
     while high == low and not fits(low := low - 2):
         high = low

@@ -6,7 +6,7 @@ report/) and the report as a dict.
 
 import json
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import count, islice
 from math import isfinite
 from pathlib import Path
@@ -16,13 +16,15 @@ import torch
 from transformers import PreTrainedModel
 
 from prosparse import checkpoint, controller, guard, schedule, shards
+from prosparse.allocation import fold, save_thresholds
 from prosparse.config import OnSpike, Train
 from prosparse.data import batch
 from prosparse.engine import accumulate, diagnose, less_memory, out_of_memory, set_rate
 from prosparse.exporters.hf import export_hf
 from prosparse.ffn import activation_of, neurons, set_penalty, substitute
 from prosparse.group import from_rank_zero, on_any_rank, patience, rank_and_world, shared, waiting
-from prosparse.models.load import load_model
+from prosparse.models.formats import stock_config
+from prosparse.models.load import build_model, load_model
 from prosparse.penalty import PenaltyContext, mean_abs_by_layer, new_statistics, sparsity_by_layer
 from prosparse.reporting import fairness, table, write_report
 from prosparse.run import (
@@ -33,6 +35,7 @@ from prosparse.run import (
     close,
     free_engine,
     go_back,
+    hold,
     load_teacher,
     open_run,
     start_model,
@@ -127,6 +130,8 @@ def train_stages(run: Run) -> bool:
         span, chain = schedule.stage_at(recipe, step), schedule.steered(recipe, step)
         if chain is not None and state.controller.get("stage") != chain:
             state.controller = start_steering(run, context, chain)
+        if span.name == schedule.RECOVER and run.shifted is None:
+            end_training(run)
         began = time.perf_counter()
         if span.stage.reset_optimizer and step == span.first:
             shards.forget_moments(run.engine)
@@ -285,7 +290,7 @@ def evaluate(run: Run, name: str, model: PreTrainedModel | None = None) -> dict:
     set_penalty(model, None)
     indices = spread(len(run.held_out), config.evaluate.rows)
     result = measure(model, run.held_out, batch=config.micro_batch, indices=indices, progress=run.poll)
-    row = {"kind": "evaluation", "model": name, "step": run.state.step, "split": "held_out", **asdict(result)}
+    row = {"kind": "evaluation", "model": name, "step": run.state.step, "split": "held_out", **result.to_dict()}
     row["seconds"] = time.time() - began
     run.log(row)
     run.say(
@@ -313,7 +318,8 @@ def save(run: Run) -> None:
         "history": json.loads(json.dumps(schedule.history(config.recipe, state.step))),
         "stage_end": span.name if state.step == span.last else None,
         "zero_stage": config.zero.stage,
-        "activation": dict(zip(("name", "param"), run.activation, strict=True)),
+        "activation": dict(zip(("name", "param"), activation_of(engine.module), strict=True)),
+        "shift": run.shifted,
         "versions": versions(),
     }
     base_config, tokenizer, generation = run.base_config, run.tokenizer, engine.module.generation_config
@@ -324,6 +330,8 @@ def save(run: Run) -> None:
         if generation is not None:
             generation.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        if run.thresholds is not None:
+            save_thresholds(run.thresholds, folder)
 
     with waiting(config.timeouts.start_seconds):
         run.saver.begin(engine, state, record, skeleton, began)
@@ -384,13 +392,34 @@ def rewind(run: Run) -> None:
     run.log({"kind": "rewind", "step": run.state.step, "from_step": spiked.step, "windows": sorted(bad)})
 
 
+def end_training(run: Run) -> None:
+    """After the last stage, before `recover`: evaluate and, if the recipe does, shift (all ranks call it)."""
+    config, recipe, state, model = run.config, run.config.recipe, run.state, run.engine.module
+    patience(config.timeouts.start_seconds)
+    evaluate(run, "trained")
+    if not schedule.shifts(recipe):
+        hold(run, {}, None)
+        return
+    unread = sum(schedule.window_rows(recipe, state.step, state.window - 1))
+    rows = [run.rows(state.step)[unread + i] for i in range(recipe.shift.calibration_rows)]
+    run.say(f"shifting the threshold on the {len(rows)} training rows after those that were read")
+    say = lambda point: run.say(str(point))  # noqa: E731
+    set_penalty(model, None)
+    shifted = shift(model, rows, recipe.shift, batch=config.micro_batch, report=say, progress=run.poll)
+    hold(run, shifted.to_dict(), shifted.thresholds)
+    evaluate(run, "shifted")
+
+
 def finish(run: Run) -> dict:
     """After the last step: shift, export, report (all ranks call it)."""
     config, recipe, state, model = run.config, run.config.recipe, run.state, run.engine.module
     patience(config.timeouts.start_seconds)
+    if run.shifted is None:
+        end_training(run)
+    else:
+        evaluate(run, "recovered")
     logged = from_rank_zero(lambda: read_metrics(run.folder))
-    models = {row["model"]: row for row in logged if row.get("model") in ("base", "substituted")}
-    models["trained"] = evaluate(run, "trained")
+    models = {row["model"]: row for row in logged if row["kind"] == "evaluation" and row["model"] != "training"}
     report: dict[str, Any] = {
         "models": models,
         "tokens_trained": state.tokens,
@@ -407,24 +436,19 @@ def finish(run: Run) -> dict:
         report["notes"].append("base and substituted stand in the report of the run that this one went on from")
     if schedule.steered(recipe, state.step):
         report["notes"].append(controller.told(state.controller))
-    if schedule.shifts(recipe):
-        unread = sum(schedule.window_rows(recipe, state.step, state.window - 1))
-        rows = [run.rows(state.step)[unread + i] for i in range(recipe.shift.calibration_rows)]
-        run.say(f"shifting the threshold on the {len(rows)} training rows after those that were read")
-        say = lambda point: run.say(str(point))  # noqa: E731
-        shifted = shift(model, rows, recipe.shift, batch=config.micro_batch, report=say, progress=run.poll)
-        report["shift"] = shifted.to_dict()
-        models["shifted"] = evaluate(run, "shifted")
+    if run.shifted:
+        report["shift"] = run.shifted
     if config.until != "shift":
-        activation, generation = activation_of(model), model.generation_config
-        weights = checkpoint.gather(run.engine)
+        activation, generation, target = activation_of(model), model.generation_config, run.folder / "model"
+        weights = checkpoint.gather(run.engine) if run.thresholds is None else {}
         del model
+        run.held.close()
         free_engine(run)
-        target, dtype = run.folder / "model", DTYPES[config.dtype]
-        export = (weights, run.base_config, *activation, run.tokenizer, generation, target, dtype)
-        report["export"] = from_rank_zero(interruptible(lambda: export_hf(*export)))
-        del weights, export
-        exported = load_model(target, dtype=dtype, device=run.device)
+        report["export"] = from_rank_zero(interruptible(lambda: export_run(run, weights, activation, generation)))
+        if run.thresholds is not None:
+            report["shift"] |= {"folded": report["export"]["folded"]}
+        del weights
+        exported = load_model(target, dtype=DTYPES[config.dtype], device=run.device)
         models["exported"] = evaluate(run, "exported", exported)
     rows = from_rank_zero(lambda: read_metrics(run.folder))
     spent = ("step_seconds", "seconds", "blocked_seconds")
@@ -436,3 +460,20 @@ def finish(run: Run) -> dict:
     if run.tracker is not None:
         run.tracker.finish({path.stem: path for path in sorted(folder.glob("*.png"))})
     return report
+
+
+def export_run(run: Run, weights: dict[str, torch.Tensor], activation: tuple[str, float], generation: Any) -> dict:
+    """Write RUN/model (rank 0) from `weights`; where thresholds are to be folded, from the last fp32 weights."""
+    dtype, said = DTYPES[run.config.dtype], {}
+    if run.thresholds is not None:
+        own = run.folder / "checkpoints" / f"step-{run.state.step:08d}"
+        found = own if own.exists() or run.began_from is None else run.began_from
+        manifest = checkpoint.verify(found)
+        masters = shards.read_weights(checkpoint.rank_files(found, manifest), manifest["shapes"])
+        model = build_model(stock_config(run.base_config), masters, torch.float32)
+        substitute(model, *activation)
+        ids = batch(run.rows(run.state.step), [0]).input_ids
+        said = {"folded": fold(model, run.thresholds, token_ids=ids, dtype=dtype).to_dict()}
+        weights, activation = model.state_dict(), activation_of(model)
+    target = run.folder / "model"
+    return export_hf(weights, run.base_config, *activation, run.tokenizer, generation, target, dtype, said=said)

@@ -174,6 +174,10 @@ def _without_gguf(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def _load_checkpoint(folder: Path, manifest: dict, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """The model of a run's checkpoint, from the fp32 master weights in the ranks' files."""
+    if (folder / "skeleton" / "thresholds.safetensors").exists():
+        raise ValueError(
+            f"{folder} has thresholds by neuron, to be folded when its run ends: end it, and open RUN/model"
+        )
     state_dict = shards.read_weights(checkpoint.rank_files(folder, manifest), manifest["shapes"])
     model = build_model(load_config(folder), state_dict, dtype, attention)
     if (folder / "skeleton" / "generation_config.json").is_file():
