@@ -304,7 +304,7 @@ def _spread(layer: int, ffn: SparseFFN, at: Tensor | float) -> Tensor:
     gate = _rows(ffn)[0][0]
     shape = gate.shape[: 2 if isinstance(ffn, ExpertsFFN) else 1]
     given = torch.as_tensor(at, dtype=torch.float64, device=gate.device)
-    if not bool((given >= SMALLEST).all()):
+    if not bool((given.float() >= SMALLEST).all()):
         raise ValueError(f"layer {layer} has a threshold of {given.min():g}: thresholds fold from {SMALLEST:g} on")
     try:
         return given.expand(shape)
