@@ -4,6 +4,7 @@ In: a config object of any verb. Out: nothing, or ValueError that names the key 
 """
 
 import re
+from dataclasses import fields, replace
 from importlib.resources import files
 from math import isfinite
 from typing import Any
@@ -28,9 +29,9 @@ from prosparse.config import (
     Recipe,
     Shift,
     ShiftCheckpoint,
+    StageLr,
     Tasks,
     Train,
-    merged_lr,
     shift_of,
 )
 
@@ -412,6 +413,11 @@ def _validate_lr(lr: Lr, key: str) -> None:
         lr.schedule is not LrSchedule.wsd or lr.decay_steps is not None,
         f"{key}.decay_steps is needed with {key}.schedule=wsd: the length of the final decay in steps",
     )
+
+
+def merged_lr(lr: Lr, own: StageLr) -> Lr:
+    """The recipe's learning rate with what a stage changes of it."""
+    return replace(lr, **{f.name: value for f in fields(own) if (value := getattr(own, f.name)) is not None})
 
 
 def _validate_weights(weights: dict[str, float], key: str, suffix: str = "") -> None:

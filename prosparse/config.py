@@ -3,7 +3,7 @@
 In: nothing. Out: `Train`, `Prepare`, `Measure`, `Predict`, `ShiftCheckpoint`, `Export`, `Generate`, `Eval`, and parts.
 """
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
@@ -501,11 +501,6 @@ class Eval(Tasks, Opens):
     tasks: list[str] = MISSING
     bos: Bos = Bos.auto  # auto: as the model was trained; of a model that does not say, if the tokenizer has one
     out: str | None = None  # folder for result.json, which has each task as soon as it is done
-
-
-def merged_lr(lr: Lr, own: StageLr) -> Lr:
-    """The recipe's learning rate with what a stage changes of it."""
-    return replace(lr, **{f.name: value for f in fields(own) if (value := getattr(own, f.name)) is not None})
 
 
 def shift_of(config: ShiftCheckpoint) -> Shift:

@@ -225,8 +225,7 @@ def run_eval(config: Eval) -> dict:
     def tell(name: str, told: dict) -> None:
         result["tasks"][name] = told
         keep()
-        if rank_and_world()[0] == 0:
-            print(evaluation.line(name, told), file=sys.stderr, flush=True)
+        _say(evaluation.line(name, told))
 
     keep()
     try:
@@ -237,7 +236,7 @@ def run_eval(config: Eval) -> dict:
     result["notes"] = evaluation.notes(config)
     keep()
     for suite, said in result["suites"].items():
-        print(f"{suite}: {said['average']}", file=sys.stderr)
+        _say(f"{suite}: {said['average']}")
     return result
 
 

@@ -9,12 +9,14 @@ import torch
 from conftest import ROOT, prosparse, tiny_llama
 from direct import Direct, items, right_opposites, right_series
 from lm_eval.api.instance import Instance
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from prosparse import evaluation, substitute
 from prosparse.cli import compose
-from prosparse.config import Bos, Chat, Evaluate, StopRule, Tasks
+from prosparse.config import Bos, Chat, Data, Evaluate, Source, StopRule, Tasks, Template
+from prosparse.data import begins_with_bos
 from prosparse.harness import Harness
+from prosparse.models.formats import inherited, released_config
 from prosparse.verbs import RUN
 
 FOLDER = str(ROOT / "tests" / "tasks")
@@ -333,13 +335,26 @@ def test_a_model_trained_with_bos_is_refused_with_a_tokenizer_that_has_none(tiny
     assert "was trained with BOS before every text" in done.stderr.splitlines()[-1]
 
 
-def test_nothing_else_imports_lm_eval():
-    import subprocess
-    import sys
+@pytest.mark.parametrize(("activation", "param"), [("relu", 0.0), ("fatrelu", 0.5), ("drelu", 0.0), ("drelu", 0.5)])
+def test_what_a_model_says_of_bos_goes_along_into_every_format(activation, param, tmp_path):
+    config = tiny_llama().config
+    config.trained_with_bos = True
+    for _ in range(2):  # also from an earlier export
+        released_config(config, activation, param).save_pretrained(tmp_path)
+        config = AutoConfig.from_pretrained(tmp_path)
+        assert config.trained_with_bos is True
+    assert inherited(config)["trained_with_bos"] is True  # what the form for vLLM is made of
 
-    code = "import sys, prosparse.cli, prosparse.trainer, prosparse.evaluation; print('lm_eval' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+
+@pytest.mark.parametrize("template", [Template.chatml, "{{ messages }}"])
+def test_rows_begin_with_bos_as_data_says_and_those_of_conversations_alone_as_their_template_does(tokenizer, template):
+    text, chat = Source(path="x"), Source(path="x", messages="messages")
+    assert begins_with_bos(Data({"a": text, "b": chat}), tokenizer)
+    assert not begins_with_bos(Data({"a": text}, bos=Bos.none), tokenizer)
+    named = isinstance(template, Template)
+    own = AutoTokenizer.from_pretrained(tokenizer.name_or_path, chat_template=None if named else template)
+    how = Data({"b": chat}, template=template if named else Template.auto)
+    assert begins_with_bos(how, own) is named
 
 
 @pytest.mark.slow
