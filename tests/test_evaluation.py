@@ -166,14 +166,17 @@ def test_bos_is_what_the_model_was_trained_with(model, tokenizer):
 def test_padding_is_not_counted_and_neither_are_rows_that_have_ended(model, tokenizer):
     """With batches of very unequal texts, some of which end at once."""
     prompts = ["a", "the gate fires often when " * 6, "never", "a layer counts"]
-    how = {"until": [], "max_gen_toks": 9}
+    how: dict = {"until": [], "max_gen_toks": 9}
+    free = harness(model, tokenizer).generate_until(asked("generate_until", *[(text, how) for text in prompts]))
+    how["until"] = [free[0][len(free[0]) // 2]]
     together, single = harness(model, tokenizer, batch=4), harness(model, tokenizer, batch=1)
     answers = []
     for one in (together, single):
         with one.watching():
             answers.append(one.generate_until(asked("generate_until", *[(text, how) for text in prompts])))
             one.loglikelihood(asked("loglikelihood", *[(text, " the sparse") for text in prompts]))
-    assert answers[0] == answers[1]
+    assert answers[0] == answers[1] and answers[0][0] != free[0]
+    assert any(stopped == whole for stopped, whole in zip(answers[0], free, strict=True))
     assert together.sparsity()["tokens"] == single.sparsity()["tokens"]
     assert together.sparsity()["sparsity_by_layer"] == pytest.approx(single.sparsity()["sparsity_by_layer"], abs=1e-6)
 
