@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -274,9 +276,19 @@ def test_the_verb_writes_a_result_with_its_conditions_from_any_folder(tiny, tmp_
         "limit=4",
         f"out={out}",
     ]
-    done = prosparse("eval", *asked_for)
-    assert done.returncode == 0, done.stderr
-    printed, written = json.loads(done.stdout.splitlines()[-1]), json.loads((out / "result.json").read_text())
+    command = [sys.executable, "-m", "prosparse.cli", "eval", *asked_for]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
+        assert done.stdout is not None and done.stderr is not None
+        said = ""
+        while "opposites  " not in said:
+            line = done.stderr.readline()
+            assert line, said
+            said += line
+        partial = json.loads((out / "result.json").read_text())  # as if it were killed here
+        assert "opposites" in partial["tasks"] and partial["complete"] is not bool(partial["remaining"])
+        stdout, stderr = done.communicate(timeout=200)
+    assert done.returncode == 0, stderr
+    printed, written = json.loads(stdout.splitlines()[-1]), json.loads((out / "result.json").read_text())
     assert printed == written and written["complete"] and written["error"] is None
     assert list(written["tasks"]) == ["opposites", "series"] and written["bos"] is True
     assert written["dtype"] == "fp32" and "UltraEval" in written["notes"][0] and "first 4 items" in written["notes"][1]

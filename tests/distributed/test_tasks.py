@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, _port, metrics, prosparse, tiny_overrides, trained
+from conftest import ROOT, _port, make_tiny, metrics, prosparse, tiny_overrides, trained
 
 pytestmark = pytest.mark.timeout(300)
 NAMES = ("opposites", "series")
@@ -115,10 +115,10 @@ def test_a_stop_rule_on_what_no_task_has_is_refused_before_training(go):
     assert "this run began without evaluate.tasks" in go("late", "evaluate.stop.metric=opposites/acc", code=2)
 
 
-def test_the_verb_gives_on_two_ranks_exactly_what_it_gives_on_one(tiny, tmp_path):
+def test_the_verb_gives_on_two_ranks_exactly_what_it_gives_on_one(tmp_path):
     asked = [
         "eval",
-        f"checkpoint={tiny['model']}",
+        f"checkpoint={make_tiny(tmp_path, hidden_act='relu')['model']}",
         "tasks=[opposites,series]",
         f"task_path={FOLDER}",
         "batch=7",
@@ -135,5 +135,6 @@ def test_the_verb_gives_on_two_ranks_exactly_what_it_gives_on_one(tiny, tmp_path
     assert said.count("sparsity") == 2  # one rank speaks
     one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two"))
     assert two["complete"] and list(two["tasks"]) == ["opposites", "series"]
+    assert all(0.3 < result["sparsity"] < 0.7 for result in one["tasks"].values())
     for name, result in one["tasks"].items():
         assert result | {"seconds": 0} == two["tasks"][name] | {"seconds": 0}
