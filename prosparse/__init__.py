@@ -24,6 +24,7 @@ _HOMES = {
     "shift": "prosparse.threshold",
     "predict": "prosparse.predictor",
     "generate": "prosparse.generation",
+    "evaluate": "prosparse.evaluation",
     "export": "prosparse.exporters.hf",
     "train": "prosparse.trainer",
 }

@@ -80,11 +80,16 @@ def chat_template(tokenizer: Any, choice: Template, bos: Bos) -> str:
         if tokenizer.chat_template is None:
             raise ValueError("the tokenizer has no chat template: set data.template=chatml, or the one of the model")
         return tokenizer.get_chat_template()
-    template, token = TEMPLATES[choice], tokenizer.bos_token
-    message = {"role": "user", "content": ""}
-    if bos is Bos.none or token is None or _render(tokenizer, template, [message], True).startswith(token):
+    template = TEMPLATES[choice]
+    if bos is Bos.none or tokenizer.bos_token is None or begins_with_bos(tokenizer, template):
         return template  # ChatML where <|im_start|> is BOS has it already
     return "{{ bos_token }}" + template
+
+
+def begins_with_bos(tokenizer: Any, template: str) -> bool:
+    """Whether the template renders BOS first."""
+    message, token = {"role": "user", "content": ""}, tokenizer.bos_token
+    return token is not None and _render(tokenizer, template, [message], True).startswith(token)
 
 
 def tokenize(tokenizer: Any, template: str, document: str, eos: int) -> Tokens:

@@ -4,6 +4,7 @@ In: a config object of any verb. Out: nothing, or ValueError that names the key 
 """
 
 import re
+from dataclasses import fields, replace
 from importlib.resources import files
 from math import isfinite
 from typing import Any
@@ -12,6 +13,8 @@ from prosparse.config import (
     L1,
     Activation,
     Control,
+    Eval,
+    Evaluate,
     Export,
     ExportFormat,
     Generate,
@@ -26,8 +29,9 @@ from prosparse.config import (
     Recipe,
     Shift,
     ShiftCheckpoint,
+    StageLr,
+    Tasks,
     Train,
-    merged_lr,
     shift_of,
 )
 
@@ -63,6 +67,11 @@ def validate(config: Any) -> None:
         require(config.predictors is not None, "predictors is missing: give predictors=DIR, made by prosparse predict")
     if isinstance(config, Generate):
         _validate_generate(config)
+    if isinstance(config, Eval):
+        require(len(config.tasks) > 0, "tasks is empty: name at least one, e.g. tasks=[piqa]")
+        _validate_tasks(config, "")
+        require(config.threads is None or config.threads >= 1, f"threads is {config.threads}: give at least 1, or null")
+        _validate_device(config.device)
     if isinstance(config, Export):
         require(
             config.format != ExportFormat.llama_cpp,
@@ -268,6 +277,8 @@ def _validate_train(config: Train) -> None:
         )
     require(config.evaluate.rows >= 1, f"evaluate.rows is {config.evaluate.rows}: give at least 1")
     require(config.evaluate.every >= 0, f"evaluate.every is {config.evaluate.every}: give 0 or more")
+    _validate_tasks(config.evaluate, "evaluate.")
+    _validate_stop(config.evaluate)
     require(config.threads is None or config.threads >= 1, f"threads is {config.threads}: give at least 1, or null")
     _validate_device(config.device)
     require(config.attention in ATTENTION, f"attention is {config.attention}: choose {', '.join(ATTENTION)}")
@@ -331,6 +342,25 @@ def _validate_predict(config: Predict) -> None:
     require(config.threads is None or config.threads >= 1, f"threads is {config.threads}: give at least 1, or null")
 
 
+def _validate_tasks(tasks: Tasks, prefix: str) -> None:
+    require(len(set(tasks.tasks)) == len(tasks.tasks), f"{prefix}tasks names one of {tasks.tasks} twice: leave it out")
+    for name, least in (("limit", 1), ("shots", 0), ("batch", 1), ("context", 2)):
+        number = getattr(tasks, name)
+        require(number is None or number >= least, f"{prefix}{name} is {number}: give at least {least}")
+
+
+def _validate_stop(evaluate: Evaluate) -> None:
+    metric, drop = evaluate.stop.metric, evaluate.stop.drop
+    require(isfinite(drop) and drop >= 0, f"evaluate.stop.drop is {drop}: give a number, 0 or larger")
+    if metric is not None:
+        task = metric.rpartition("/")[0]
+        known = task in evaluate.tasks or task.partition("/")[0] in evaluate.tasks
+        require(
+            bool(task) and known,
+            f"evaluate.stop.metric is {metric}: write TASK/METRIC with one of evaluate.tasks, e.g. piqa/acc",
+        )
+
+
 def _validate_guard(guard: Guard) -> None:
     for name in ("skipped_in_a_row", "memory", "rewinds"):
         require(getattr(guard, name) >= 1, f"guard.{name} is {getattr(guard, name)}: give at least 1")
@@ -383,6 +413,11 @@ def _validate_lr(lr: Lr, key: str) -> None:
         lr.schedule is not LrSchedule.wsd or lr.decay_steps is not None,
         f"{key}.decay_steps is needed with {key}.schedule=wsd: the length of the final decay in steps",
     )
+
+
+def merged_lr(lr: Lr, own: StageLr) -> Lr:
+    """The recipe's learning rate with what a stage changes of it."""
+    return replace(lr, **{f.name: value for f in fields(own) if (value := getattr(own, f.name)) is not None})
 
 
 def _validate_weights(weights: dict[str, float], key: str, suffix: str = "") -> None:

@@ -37,10 +37,11 @@ SCHEMAS: dict[str, type] = {
     "shift": schema.ShiftCheckpoint,
     "export": schema.Export,
     "generate": schema.Generate,
+    "eval": schema.Eval,
 }
 VERBATIM = ("prompt", "system")
 FREE_TEXT = re.compile(
-    r"^(prompt|system|run_dir|resume|fork|teacher|checkpoint|text|out|predictors|model\.source|"
+    r"^(prompt|system|run_dir|resume|fork|teacher|checkpoint|text|out|predictors|(evaluate\.)?task_path|model\.source|"
     r"data\.(cache|tokenizer|sources\.\w+\.path))="
 )
 USAGE = f"""usage: prosparse VERB key=value ...

@@ -1,9 +1,9 @@
 """The schema: plain dataclasses that type every key. checks.py holds what must be true across keys.
 
-In: nothing. Out: `Train`, `Prepare`, `Measure`, `Predict`, `ShiftCheckpoint`, `Export`, `Generate` and their parts.
+In: nothing. Out: `Train`, `Prepare`, `Measure`, `Predict`, `ShiftCheckpoint`, `Export`, `Generate`, `Eval`, and parts.
 """
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
@@ -326,9 +326,34 @@ class Timeouts:
 
 
 @dataclass
-class Evaluate:
+class Tasks:
+    """What lm-evaluation-harness asks a model."""
+
+    tasks: list[str] = field(default_factory=list)  # of lm-eval, of task_path, or the suites prosparse and bamboo
+    task_path: str | None = None  # folder with task files (.yaml) of your own
+    limit: int | None = None  # only so many items of each task
+    shots: int | None = None  # examples before each question, except in suites; null: what the task says
+    batch: int = 8  # texts that the model computes together
+    context: int | None = None  # the most tokens of a text; null: the model's positions
+    chat: Chat = Chat.none  # auto: ask through the tokenizer's chat template
+    unsafe_code: bool = False  # run what the model writes, as humaneval and mbpp need
+
+
+@dataclass
+class StopRule:
+    """End a run after a stage whose model is worse than the base model."""
+
+    metric: str | None = None  # TASK/METRIC, higher being better
+    drop: float = 0.02  # the most that it may be lower
+
+
+@dataclass
+class Evaluate(Tasks):
+    """On held-out rows; on tasks, if there are any: the base model, the model of each stage's end, the shifted one."""
+
     every: int = 100  # steps between evaluations on held-out rows; 0: only before and after training
     rows: int = 64  # held-out rows used, spread evenly over all of them
+    stop: StopRule = field(default_factory=StopRule)
 
 
 @dataclass
@@ -471,9 +496,11 @@ class Generate(Opens):
     out: str | None = None  # folder for result.json
 
 
-def merged_lr(lr: Lr, own: StageLr) -> Lr:
-    """The recipe's learning rate with what a stage changes of it."""
-    return replace(lr, **{f.name: value for f in fields(own) if (value := getattr(own, f.name)) is not None})
+@dataclass
+class Eval(Tasks, Opens):
+    tasks: list[str] = MISSING
+    bos: Bos = Bos.auto  # auto: as the model was trained; of a model that does not say, if the tokenizer has one
+    out: str | None = None  # folder for result.json, which has each task as soon as it is done
 
 
 def shift_of(config: ShiftCheckpoint) -> Shift:

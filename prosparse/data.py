@@ -188,6 +188,13 @@ def _require_row(splits: list[dict[str, int]], where: str, context: str) -> None
         raise ValueError(f"{where}: {has} fill no row: give more text or lower {context}")
 
 
+def begins_with_bos(data: Data, tokenizer: Any) -> bool:
+    """Whether rows of `data` begin each document with BOS; of conversations alone the chat template says it."""
+    if any(not source.is_chat for source in data.sources.values()):
+        return data.bos is Bos.auto and tokenizer.bos_token_id is not None
+    return chat.begins_with_bos(tokenizer, chat.chat_template(tokenizer, data.template, data.bos))
+
+
 def _control(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> Control:
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ValueError("the tokenizer is not a fast one: set data.tokenizer to one that has a tokenizer.json")

@@ -52,7 +52,29 @@ def table(report: dict[str, Any]) -> str:
             f"{name:<12} {_cell(perplexity, '.3f'):>11} {_cell(ratio, '.4f'):>8} "
             f"{_cell(sparsity, '.2f', ' %'):>9} {_cell(threshold, '.4g'):>10}"
         )
+    lines += _task_lines(report.get("tasks", {}))
     return "\n".join(lines + [""] * bool(report["notes"]) + [f"note: {note}" for note in report["notes"]])
+
+
+def task_results(run_dir: Path) -> dict[str, dict[str, dict]]:
+    """By model (base, a stage's name, shifted) and task what the rows of kind `task` say; the newest counts."""
+    found: dict[str, dict[str, dict]] = {}
+    for row in read_metrics(run_dir):
+        if row["kind"] == "task":
+            found.setdefault(row["evaluated"], {})[row["task"]] = row["result"]
+    return found
+
+
+def _task_lines(tasks: dict[str, dict[str, dict]]) -> list[str]:
+    """A row a model and task: metrics and sparsity."""
+    lines = [""] * bool(tasks)
+    for model, results in tasks.items():
+        for task, result in results.items():
+            scores = [
+                f"{key} {_cell(value, '.4f')}" for key, value in result["metrics"].items() if "_stderr" not in key
+            ]
+            lines.append(f"{model:<12} {task:<24} {'  '.join(scores)}  sparsity {result['sparsity']:.2%}")
+    return lines
 
 
 def fairness(control: Control) -> str:

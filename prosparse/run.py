@@ -24,7 +24,7 @@ from prosparse import chat, checkpoint, schedule, shards, signals
 from prosparse.allocation import cut_apart, load_thresholds
 from prosparse.checkpoint import Saver, TrainState
 from prosparse.config import Checkpointing, Distillation, Dtype, Template, Train
-from prosparse.data import Prepared, mixture, open_prepared, prepare, tokenizer_digest
+from prosparse.data import Prepared, begins_with_bos, mixture, open_prepared, prepare, tokenizer_digest
 from prosparse.distillation import Teacher, check_vocabulary
 from prosparse.engine import (
     Teaching,
@@ -38,7 +38,7 @@ from prosparse.engine import (
 )
 from prosparse.ffn import activation_key, activation_of, substitute
 from prosparse.group import agree, from_rank_zero, on_any_rank, same_everywhere, shared, start_group
-from prosparse.models.formats import released_config
+from prosparse.models.formats import TRAINED_WITH_BOS, released_config
 from prosparse.models.load import load_config, load_model, load_tokenizer
 from prosparse.signals import Stopped, interruptible
 from prosparse.telemetry import Metrics, Tracker, header, redact, versions, write_atomically
@@ -78,6 +78,7 @@ class Run:
         None  # by layer, where neurons or layers have their own until they are folded
     )
     held: ExitStack = field(default_factory=ExitStack)  # what holds them in the model
+    stopped_by: str | None = None  # evaluate.stop, in words
     metrics: Metrics | None = None  # rank 0 only
     tracker: Tracker | None = None  # rank 0 only
     mixtures: dict[str, Any] = field(default_factory=dict)
@@ -208,6 +209,7 @@ def start_model(run: Run) -> Any:
     ds_config = deepspeed_config(config, run.world)
     model = _load(run, config.model.source, ds_config, base=True)
     run.base_config, run.own_activation = copy.deepcopy(model.config), activation_of(model)
+    setattr(run.base_config, TRAINED_WITH_BOS, begins_with_bos(config.data, run.tokenizer))
     run.activation = schedule.activation(config.recipe) or run.own_activation
     substitution = substitute(model, *run.activation)
     if config.checkpointing is not Checkpointing.none:

@@ -20,13 +20,14 @@ from prosparse.allocation import fold, save_thresholds
 from prosparse.config import OnSpike, Train
 from prosparse.data import batch
 from prosparse.engine import accumulate, diagnose, less_memory, out_of_memory, set_rate
+from prosparse.evaluation import notes as task_notes
 from prosparse.exporters.hf import export_hf
 from prosparse.ffn import activation_of, neurons, set_penalty, substitute
 from prosparse.group import from_rank_zero, on_any_rank, patience, rank_and_world, shared, waiting
 from prosparse.models.formats import stock_config
 from prosparse.models.load import build_model, load_model
 from prosparse.penalty import PenaltyContext, mean_abs_by_layer, new_statistics, sparsity_by_layer
-from prosparse.reporting import fairness, table, write_report
+from prosparse.reporting import fairness, table, task_results, write_report
 from prosparse.run import (
     DTYPES,
     GB,
@@ -42,6 +43,7 @@ from prosparse.run import (
 )
 from prosparse.signals import Stopped, interruptible
 from prosparse.sparsity import measure, spread
+from prosparse.tasks import check_stop_rule, evaluate_tasks, judge
 from prosparse.telemetry import (
     Eta,
     Metrics,
@@ -60,9 +62,9 @@ def train(config: Train) -> dict:
     """Run `config` to its end, or to `config.until`; started again with the same config it goes on.
 
     Every rank of a launcher's group calls it; without a launcher it is a group of one. Returns the report, or
-    {"run_dir", "stopped_at", "step"} if it stopped at a stage. Raises ValueError for what a user can mend, OSError if a
-    checkpoint cannot be written, RuntimeError for faults of the numbers, and Stopped, after it has saved, if it was
-    asked to stop.
+    {"run_dir", "stopped_at", "step"} if it stopped at a stage, with "stopped_by" if evaluate.stop ended it there.
+    Raises ValueError for what a user can mend, OSError if a checkpoint cannot be written, RuntimeError for faults of
+    the numbers, and Stopped, after it has saved, if it was asked to stop.
     """
     config = replace(config, recipe=schedule.scaled(config.recipe))
     try:
@@ -82,11 +84,14 @@ def _train(config: Train) -> dict:
         first_evaluations(run)
         while not train_stages(run):
             rewind(run)
-        if config.until not in (None, "shift"):
+        if run.stopped_by is not None or config.until not in (None, "shift"):
             if run.tracker is not None:
                 run.tracker.finish({})
-            run.say(f"stopped after stage {config.until}, as until={config.until} asks; without it the run goes on")
-            return {"run_dir": str(run.folder), "stopped_at": config.until, "step": run.state.step}
+            stage, why = schedule.stage_at(config.recipe, run.state.step).name, run.stopped_by
+            asked = f": {why}; with evaluate.stop.metric=null" if why else f", as until={stage} asks; without it"
+            run.say(f"stopped after stage {stage}{asked} the run goes on")
+            said = {"run_dir": str(run.folder), "stopped_at": stage, "step": run.state.step}
+            return said | ({"stopped_by": why} if why else {})
         return finish(run)
     except Stopped as stopped:
         stop(run, stopped)
@@ -101,9 +106,11 @@ def first_evaluations(run: Run) -> None:
         model = run.engine.module
         substitute(model, *run.own_activation)
         evaluate(run, "base")
+        evaluate_tasks(run, "base")
         substitute(model, *run.activation)
         if run.activation != run.own_activation:
             evaluate(run, "substituted")
+    check_stop_rule(run)
 
 
 def train_stages(run: Run) -> bool:
@@ -115,6 +122,8 @@ def train_stages(run: Run) -> bool:
     layers = run.base_config.get_text_config().num_hidden_layers
     context = PenaltyContext(torch.zeros((), device=run.device), new_statistics(layers, run.device))
     eta, skipped_in_a_row, told_volume = Eta(), 0, False
+    if judge(run):  # the end of a stage, whose tasks an earlier start may not have come to
+        return True
     while state.step < last:
         # --- what became due between the steps ------------------------------------------------------------------------
         if run.complete:
@@ -216,6 +225,8 @@ def train_stages(run: Run) -> bool:
             run.say(f"checkpoints: at this speed about {daily:,.1f} GB are written a day")
         if step % config.save.every == 0 or step == span.last:
             save(run)
+        if step == span.last and judge(run):
+            return True
     return True
 
 
@@ -450,6 +461,9 @@ def finish(run: Run) -> dict:
         del weights
         exported = load_model(target, dtype=DTYPES[config.dtype], device=run.device)
         models["exported"] = evaluate(run, "exported", exported)
+    if config.evaluate.tasks:
+        report["tasks"] = from_rank_zero(lambda: task_results(run.folder))
+        report["notes"] += task_notes(config.evaluate)
     rows = from_rank_zero(lambda: read_metrics(run.folder))
     spent = ("step_seconds", "seconds", "blocked_seconds")
     report["seconds"] = sum(row.get(key, 0.0) for row in rows for key in spent)

@@ -14,6 +14,7 @@ from typing import Any
 
 from prosparse.config import (
     Dtype,
+    Eval,
     Export,
     ExportFormat,
     Generate,
@@ -199,6 +200,46 @@ def run_generate(config: Generate) -> dict:
     return result
 
 
+def run_eval(config: Eval) -> dict:
+    """Each finished task stands in out/result.json at once; `complete` is false until all do."""
+    from prosparse import evaluation
+    from prosparse.group import rank_and_world
+
+    out = _claim(config.out)
+    model, tokenizer = _open(config)
+    bos = evaluation.starts_with_bos(model.config, tokenizer, config.bos, config.checkpoint)
+    asked = ("checkpoint", "limit", "shots", "batch", "context", "task_path")
+    result: dict[str, Any] = {"tasks": {}, "suites": {}, "complete": False, "remaining": [], "error": None}
+    result |= {key: getattr(config, key) for key in asked}
+    result |= {"chat": str(config.chat), "bos": bos, **_conditions(config, model), "notes": []}
+
+    def keep(error: BaseException | None = None) -> None:
+        if error is not None:
+            result["error"] = f"{type(error).__name__}: {error}"
+        result["suites"] = evaluation.averages(config, result["tasks"])
+        result["remaining"] = [name for name in evaluation.jobs_of(config) if name not in result["tasks"]]
+        result["complete"] = not result["remaining"]
+        if out is not None and rank_and_world()[0] == 0:
+            _write_result(out, result)
+
+    def tell(name: str, told: dict) -> None:
+        result["tasks"][name] = told
+        keep()
+        _say(evaluation.line(name, told))
+
+    keep()
+    try:
+        evaluation.evaluate(model, tokenizer, config, bos=bos, tell=tell)
+    except BaseException as error:
+        keep(error)
+        raise
+    result["notes"] = evaluation.notes(config)
+    keep()
+    for suite, said in result["suites"].items():
+        _say(f"{suite}: {said['average']}")
+    return result
+
+
 RUN: dict[str, Callable[[Any], dict]] = {
     "train": run_train,
     "prepare": run_prepare,
@@ -207,6 +248,7 @@ RUN: dict[str, Callable[[Any], dict]] = {
     "shift": run_shift,
     "export": run_export,
     "generate": run_generate,
+    "eval": run_eval,
 }
 
 

@@ -13,9 +13,9 @@ FLOORS = [
     {"models", "data"},
     {"sparsity", "activity"},
     {"allocation", "threshold", "predictor", "vllm_plugin", "distillation", "telemetry", "reporting", "generation"},
-    {"exporters"},
+    {"exporters", "evaluation", "harness"},
     {"engine"},
-    {"run", "trainer"},
+    {"run", "tasks", "trainer"},
     {"verbs"},
     {"cli"},
 ]
@@ -52,6 +52,13 @@ def test_hydra_and_deepspeed_stay_in_their_rooms():
         assert room in ("run", "engine", "checkpoint", "models") or "deepspeed" not in libraries, path
 
 
+def test_lm_eval_is_loaded_only_when_tasks_are_run():
+    for path, room in MODULES.items():
+        top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        modules = {getattr(node, "module", None) or node.names[0].name for node in top}
+        assert room == "harness" or not any(name.startswith(("lm_eval", "prosparse.harness")) for name in modules), path
+
+
 def test_every_module_says_what_it_is_for_and_no_file_is_too_long():
     for path in MODULES:
         lines = path.read_text().splitlines()
@@ -60,8 +67,7 @@ def test_every_module_says_what_it_is_for_and_no_file_is_too_long():
 
 
 def test_importing_the_package_needs_torch_and_transformers_only():
-    code = (
-        "import sys, prosparse; print(sorted({'deepspeed', 'datasets', 'grain', 'hydra', 'wandb'} & set(sys.modules)))"
-    )
+    others = {"deepspeed", "datasets", "grain", "hydra", "lm_eval", "wandb"}
+    code = f"import sys, prosparse; print(sorted({others} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

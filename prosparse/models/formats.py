@@ -38,6 +38,7 @@ from prosparse.models.qwen2 import SparseQwen2Config
 from prosparse.models.qwen3 import SparseQwen3Config
 from prosparse.models.qwen3_moe import SparseQwen3MoeConfig
 
+TRAINED_WITH_BOS = "trained_with_bos"  # in the config.json of a model that a run of prosparse made: true or false
 STOCK_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu")
 _FAMILIES: dict[str, tuple[Any, Any]] = {  # model_type: the stock config and that of any activation
     "llama": (LlamaConfig, AnySparseLlamaConfig),

@@ -1,0 +1,65 @@
+"""A training run's model on tasks: before the first step, at the end of each stage, after the shift.
+
+In: a `Run` between two steps. Out: a row of metrics.jsonl a task, and whether evaluate.stop ends the run.
+"""
+
+from prosparse import evaluation, schedule
+from prosparse.config import Bos
+from prosparse.ffn import activation_of, set_penalty
+from prosparse.group import from_rank_zero, waiting
+from prosparse.reporting import task_results
+from prosparse.run import Run
+from prosparse.telemetry import read_metrics
+
+
+def evaluate_tasks(run: Run, name: str) -> dict[str, dict]:
+    """What the run's model scores on evaluate.tasks (all ranks call it), by task; log a row each, once.
+
+    A row that the metrics have already, of this step, model and settings, is not made again.
+    """
+    config, how, model = run.config, run.config.evaluate, run.engine.module
+    if not how.tasks:
+        return {}
+    set_penalty(model, None)
+    settings = {key: getattr(how, key) for key in ("task_path", "limit", "shots", "context")} | {"chat": str(how.chat)}
+    settings["activation"] = list(activation_of(model))
+    mark = {"kind": "task", "evaluated": name, "step": run.state.step, "settings": settings}
+    rows = from_rank_zero(lambda: read_metrics(run.folder))
+    done = {row["task"]: row["result"] for row in rows if all(row.get(key) == value for key, value in mark.items())}
+
+    def tell(task: str, result: dict) -> None:
+        run.log(mark | {"task": task, "result": result, "seconds": result["seconds"]})
+        run.say(f"{name:<12} {evaluation.line(task, result)}")
+
+    bos = evaluation.starts_with_bos(run.base_config, run.tokenizer, Bos.auto, run.folder)
+    together = config.zero.stage == 3 and run.world > 1
+    with waiting(config.timeouts.start_seconds):
+        return evaluation.evaluate(
+            model, run.tokenizer, how, bos=bos, done=done, tell=tell, poll=run.poll, together=together
+        )
+
+
+def judge(run: Run) -> bool:
+    """At the end of a stage, evaluate its model on the tasks; whether evaluate.stop ends the run here (all ranks)."""
+    step, how = run.state.step, run.config.evaluate
+    if not how.tasks or step == 0 or step != (span := schedule.stage_at(run.config.recipe, step)).last:
+        return False
+    now = evaluate_tasks(run, span.name)
+    if how.stop.metric is not None:
+        base = from_rank_zero(lambda: task_results(run.folder))["base"]
+        run.stopped_by = evaluation.stopped_by(how, base, now)
+    return run.stopped_by is not None
+
+
+def check_stop_rule(run: Run) -> None:
+    """ValueError unless the base model has the metric of evaluate.stop: before training, not after a stage."""
+    wanted = run.config.evaluate.stop.metric
+    if wanted is None:
+        return
+    base = from_rank_zero(lambda: task_results(run.folder)).get("base")
+    if base is None:
+        raise ValueError(
+            f"evaluate.stop.metric is {wanted}, but this run began without evaluate.tasks, so that nothing is known of "
+            "the base model: set it to null, or start in another run_dir"
+        )
+    evaluation.metric(base, wanted)
