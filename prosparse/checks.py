@@ -24,6 +24,7 @@ from prosparse.config import (
     PenaltyUnit,
     Predict,
     Recipe,
+    Report,
     Shift,
     ShiftCheckpoint,
     Train,
@@ -63,6 +64,12 @@ def validate(config: Any) -> None:
         require(config.predictors is not None, "predictors is missing: give predictors=DIR, made by prosparse predict")
     if isinstance(config, Generate):
         _validate_generate(config)
+    if isinstance(config, Report):
+        require(len(config.runs) > 0, "runs is empty: give runs=[RUN,...], the run_dir of one or more trainings")
+        require(
+            len(config.runs) == 1 or config.out is not None,
+            f"out is missing: a report of {len(config.runs)} runs belongs to none of their folders, give out=DIR",
+        )
     if isinstance(config, Export):
         require(
             config.format != ExportFormat.llama_cpp,

@@ -1,6 +1,7 @@
 """The schema: plain dataclasses that type every key. checks.py holds what must be true across keys.
 
-In: nothing. Out: `Train`, `Prepare`, `Measure`, `Predict`, `ShiftCheckpoint`, `Export`, `Generate` and their parts.
+In: nothing. Out: `Train`, `Prepare`, `Measure`, `Predict`, `ShiftCheckpoint`, `Export`, `Generate`, `Report`; their
+parts.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -72,6 +73,7 @@ class Chat(StrEnum):
 
 
 class Wandb(StrEnum):
+    auto = "auto"  # online with a key, else offline
     disabled = "disabled"
     offline = "offline"
     online = "online"
@@ -469,6 +471,13 @@ class Generate(Opens):
     chat: Chat = Chat.auto  # auto: the tokenizer's chat template if it has one
     seed: int = 0
     out: str | None = None  # folder for result.json
+
+
+@dataclass
+class Report:
+    runs: list[str] = MISSING  # run folders
+    measures: list[str] = field(default_factory=list)  # folders with a result.json of `measure` or `eval`
+    out: str | None = None  # null: report/ of the run, if it is one
 
 
 def merged_lr(lr: Lr, own: StageLr) -> Lr:

@@ -109,10 +109,11 @@ class Metrics:
             raise OSError(f"{self.path} cannot be written: {error.strerror}") from error
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+def read_metrics(run_dir: Path, damaged: list[str] | None = None) -> list[dict[str, Any]]:
     """The rows of RUN/metrics.jsonl in order; none if there is no file. A half-written last line is left out.
 
-    Raises ValueError for any other line that is not JSON.
+    Raises ValueError for any other line that is not JSON; with a list `damaged` every such line is left out and told
+    there, the last one too.
     """
     path = Path(run_dir) / "metrics.jsonl"
     lines = path.read_bytes().rstrip().split(b"\n") if path.exists() else []
@@ -121,7 +122,10 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            if number < len(lines):
+            last = number == len(lines)
+            if damaged is not None and line:
+                damaged.append(f"{path}, line {number} is {'cut off' if last else 'not JSON'}: it is left out")
+            elif not last:
                 raise ValueError(f"{path}, line {number} is not JSON: remove the line, or the file") from error
     return rows
 
@@ -317,21 +321,26 @@ class Tracker:
         return self._id
 
     def log(self, row: dict[str, Any]) -> None:
-        """Send the numbers of one row, a list by layer as one number a layer."""
+        """Send one row: its numbers, and a list by layer as a histogram; of evaluations also each layer's number."""
         if self._run is not None:
             try:
-                self._run.log({"step": row["step"], **dict(_scalars(row))})
+                self._run.log({"step": row["step"], **_logged(row)})
             except Exception as error:  # as above
                 self._give_up(error)
 
-    def finish(self, images: dict[str, Path]) -> None:
-        """Send the plots, by name, and end the wandb run."""
+    def finish(self, files: Iterable[Path] = ()) -> None:
+        """Send what the report consists of (plots also as images), and end the wandb run."""
         if self._run is not None:
             try:
                 import wandb
 
-                if images:
-                    self._run.log({f"report/{name}": wandb.Image(str(path)) for name, path in images.items()})
+                if files := list(files):
+                    plots = [path for path in files if path.suffix == ".png"]
+                    self._run.log({f"report/{path.stem}": wandb.Image(str(path)) for path in plots})
+                    artifact = wandb.Artifact(f"report-{self._id}", type="report")
+                    for path in files:
+                        artifact.add_file(str(path), name=path.name)
+                    self._run.log_artifact(artifact)
                 self._run.finish()
                 self._run = None
             except Exception as error:  # as above
@@ -346,15 +355,21 @@ class Tracker:
 def _start_wandb(tracking: Tracking, run_dir: Path, config: dict[str, Any], tracking_id: str | None) -> Any:
     import wandb
 
-    if tracking.wandb is Wandb.online and not wandb.login(prompt=False, verify=False):  # a prompt would hold up a job
-        raise RuntimeError("not logged in: run `wandb login` or set WANDB_API_KEY, or choose tracking.wandb=offline")
     run_dir.mkdir(parents=True, exist_ok=True)
+    offline = tracking.wandb is Wandb.offline or os.environ.get("WANDB_MODE") == "offline"
+    # A prompt would hold up a job.
+    if not offline and not wandb.login(prompt=False, verify=False):
+        if tracking.wandb is Wandb.online:
+            told = "run `wandb login` or set WANDB_API_KEY, or choose tracking.wandb=offline"
+            raise RuntimeError(f"not logged in: {told}")
+        offline = True
+        print(f"wandb: no key, so the run stays in {run_dir}/wandb; `wandb sync` sends it later", file=sys.stderr)
     run = wandb.init(
         project=redact(tracking.project),
         name=None if tracking.name is None else redact(tracking.name),
         id=tracking_id,
         resume="allow",
-        mode=tracking.wandb.value,
+        mode="offline" if offline else "online",
         dir=str(run_dir),
         config=config,
         settings=wandb.Settings(
@@ -372,10 +387,20 @@ def _start_wandb(tracking: Tracking, run_dir: Path, config: dict[str, Any], trac
     return run
 
 
-def _scalars(row: dict[str, Any]) -> Iterable[tuple[str, float]]:
+def _logged(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as wandb takes it. Histograms of shares have the same bins at every step."""
+    import numpy as np
+    import wandb
+
     kind = f"evaluation_{row['model']}" if row.get("model") in AFTER_TRAINING else row["kind"]
+    sent: dict[str, Any] = {}
     for key, value in row.items():
-        if isinstance(value, list):
-            yield from ((f"{kind}_{key}/{layer:02d}", part) for layer, part in enumerate(value))
+        if isinstance(value, list) and key.endswith("_by_layer"):
+            known = [part for part in value if part is not None]
+            bounds = (0.0, 1.0) if key.startswith("sparsity") else None
+            sent[f"{kind}/{key}"] = wandb.Histogram(np_histogram=np.histogram(known, bins=32, range=bounds))
+            if row["kind"] == "evaluation":
+                sent |= {f"{kind}_{key}/{layer:02d}": part for layer, part in enumerate(value)}
         elif isinstance(value, int | float) and key != "step":
-            yield f"{kind}/{key}", value
+            sent[f"{kind}/{key}"] = value
+    return sent

@@ -17,15 +17,17 @@ from transformers import PreTrainedModel
 
 from prosparse import checkpoint, controller, guard, schedule, shards
 from prosparse.allocation import fold, save_thresholds
+from prosparse.card import run_card
 from prosparse.config import OnSpike, Train
 from prosparse.data import batch
 from prosparse.engine import accumulate, diagnose, less_memory, out_of_memory, set_rate
-from prosparse.exporters.hf import export_hf
+from prosparse.exporters.hf import Card, export_hf, put_card
 from prosparse.ffn import activation_of, neurons, set_penalty, substitute
 from prosparse.group import from_rank_zero, on_any_rank, patience, rank_and_world, shared, waiting
 from prosparse.models.formats import stock_config
 from prosparse.models.load import build_model, load_model
 from prosparse.penalty import PenaltyContext, mean_abs_by_layer, new_statistics, sparsity_by_layer
+from prosparse.records import read_run
 from prosparse.reporting import fairness, table, write_report
 from prosparse.run import (
     DTYPES,
@@ -84,7 +86,7 @@ def _train(config: Train) -> dict:
             rewind(run)
         if config.until not in (None, "shift"):
             if run.tracker is not None:
-                run.tracker.finish({})
+                run.tracker.finish()
             run.say(f"stopped after stage {config.until}, as until={config.until} asks; without it the run goes on")
             return {"run_dir": str(run.folder), "stopped_at": config.until, "step": run.state.step}
         return finish(run)
@@ -291,6 +293,8 @@ def evaluate(run: Run, name: str, model: PreTrainedModel | None = None) -> dict:
     indices = spread(len(run.held_out), config.evaluate.rows)
     result = measure(model, run.held_out, batch=config.micro_batch, indices=indices, progress=run.poll)
     row = {"kind": "evaluation", "model": name, "step": run.state.step, "split": "held_out", **result.to_dict()}
+    if run.thresholds is None or name == "exported":  # else it has many thresholds
+        row["activation"] = dict(zip(("name", "param"), activation_of(model), strict=True))
     row["seconds"] = time.time() - began
     run.log(row)
     run.say(
@@ -362,7 +366,7 @@ def stop(run: Run, stopped: Stopped) -> None:
         commit(run)
     from_rank_zero(lambda: (run.folder / "STOP").unlink(missing_ok=True))
     if run.tracker is not None:
-        run.tracker.finish({})
+        run.tracker.finish()
     run.say(f"stopped after step {run.saved_step}: start it again with the same settings and it goes on")
 
 
@@ -429,6 +433,8 @@ def finish(run: Run) -> dict:
         "device": device_name(run.device, run.world),
         "command": command(),
         "control": str(recipe.control),
+        "seed": config.seed,
+        "rows_digest": run.identity["digest of the rows"],
         "versions": versions(),
         "notes": [fairness(recipe.control)],
     }
@@ -444,7 +450,9 @@ def finish(run: Run) -> dict:
         del model
         run.held.close()
         free_engine(run)
-        report["export"] = from_rank_zero(interruptible(lambda: export_run(run, weights, activation, generation)))
+        unmeasured = lambda export: run_card(read_run(run.folder, report=report | {"export": export}))  # noqa: E731
+        job = lambda: export_run(run, weights, activation, generation, unmeasured)  # noqa: E731
+        report["export"] = from_rank_zero(interruptible(job))
         if run.thresholds is not None:
             report["shift"] |= {"folded": report["export"]["folded"]}
         del weights
@@ -453,16 +461,25 @@ def finish(run: Run) -> dict:
     rows = from_rank_zero(lambda: read_metrics(run.folder))
     spent = ("step_seconds", "seconds", "blocked_seconds")
     report["seconds"] = sum(row.get(key, 0.0) for row in rows for key in spent)
-    folder = from_rank_zero(lambda: write_report(run.folder, report))
+
+    def publish() -> Path:
+        if "export" in report:  # whose card was written before the model was measured
+            card = lambda said: run_card(read_run(run.folder, report=report | {"export": said}))  # noqa: E731
+            report["export"] = put_card(run.folder / "model", card)
+        return write_report(run.folder, report)
+
+    folder = from_rank_zero(publish)
     run.say(f"\n{table(report)}\n\nreport: {folder}")
     if "export" in report:
         run.say(f"model: {run.folder / 'model'}")
     if run.tracker is not None:
-        run.tracker.finish({path.stem: path for path in sorted(folder.glob("*.png"))})
+        run.tracker.finish(sorted(folder.iterdir()))
     return report
 
 
-def export_run(run: Run, weights: dict[str, torch.Tensor], activation: tuple[str, float], generation: Any) -> dict:
+def export_run(
+    run: Run, weights: dict[str, torch.Tensor], activation: tuple[str, float], generation: Any, card: Card
+) -> dict:
     """Write RUN/model (rank 0) from `weights`; where thresholds are to be folded, from the last fp32 weights."""
     dtype, said = DTYPES[run.config.dtype], {}
     if run.thresholds is not None:
@@ -475,5 +492,7 @@ def export_run(run: Run, weights: dict[str, torch.Tensor], activation: tuple[str
         ids = batch(run.rows(run.state.step), [0]).input_ids
         said = {"folded": fold(model, run.thresholds, token_ids=ids, dtype=dtype).to_dict()}
         weights, activation = model.state_dict(), activation_of(model)
-    target = run.folder / "model"
-    return export_hf(weights, run.base_config, *activation, run.tokenizer, generation, target, dtype, said=said)
+    how: dict = {"said": said, "card": card}
+    return export_hf(
+        weights, run.base_config, *activation, run.tokenizer, generation, run.folder / "model", dtype, **how
+    )
