@@ -34,7 +34,7 @@ def run_card(record: Record, measured: Sequence[dict[str, Any]] = (), evaluated:
     for result in measured:
         if result["model"] in ({"run": None, "model": "base"}, {"run": record.name, "model": "exported"}):
             name = "base" if result["model"]["model"] == "base" else "this model"
-            figures.append({"model": name, "text": texts_of(result), **result})
+            figures.append({**result, "model": name, "text": texts_of(result)})
     own = [result for result in evaluated if result["model"] == {"run": record.name, "model": "exported"}]
     return model_card(record.report["export"], figures, record, own)
 
@@ -127,8 +127,8 @@ def _metadata(base: str | None, exported: dict[str, Any], record: Record | None)
 
 
 def _introduction(base: str | None, exported: dict[str, Any], record: Record | None, dense: bool) -> str:
-    param = f" with {'offset' if exported['activation'] == 'shifted_relu' else 'threshold'} {exported['param']:.6g}"
-    how = f"`{exported['activation']}`{param if exported.get('param') else ''}"
+    param, name = exported.get("param"), "offset" if exported["activation"] == "shifted_relu" else "threshold"
+    how = f"`{exported['activation']}`" + (f" with {name} {param:.6g}" if param else "")
     lines = [f"The base model is `{base}`." if base else "The base model is not known."]
     if dense:
         lines.append(f"Its feed-forward layers use {how}, which is not sparse.")

@@ -5,7 +5,7 @@ With one run colors tell its models apart, with several they tell the runs apart
 """
 
 from collections.abc import Sequence
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 from math import isfinite, nan
 from typing import Any
 
@@ -28,7 +28,7 @@ COLORS = {
     "shifted": VERMILION, "recovered": GREEN, "exported": BLACK,
 }  # fmt: skip
 MARKERS = {
-    "base": "s", "substituted": "^", "training": "o", "trained": "o", "shifted": "D", "recovered": "P", "exported": "x",
+    "base": "s", "substituted": "^", "training": "v", "trained": "o", "shifted": "D", "recovered": "P", "exported": "x",
 }  # fmt: skip
 SIZES = {
     "base": 9,
@@ -408,8 +408,9 @@ def _legend_above(figure: Figure, handles: Sequence[Any]) -> None:
     """A legend above the axes with as many columns, which are filled from the top, as fit into the figure."""
     widths = [6.2 * len(str(handle.get_label())) + 48 for handle in handles]  # points
     for columns in range(len(widths), 0, -1):
-        lines = -(-len(widths) // columns)
-        if sum(max(widths[i : i + lines]) for i in range(0, len(widths), lines)) < 70 * figure.get_size_inches()[0]:
+        lines, longer = divmod(len(widths), columns)  # the first columns have one more
+        ends = [0, *accumulate(lines + (i < longer) for i in range(columns))]
+        if sum(max(widths[a:b]) for a, b in pairwise(ends)) < 70 * figure.get_size_inches()[0]:
             break
     figure.legend(handles=list(handles), loc="outside upper center", ncols=columns, frameon=False, fontsize=10)
 

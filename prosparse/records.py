@@ -35,6 +35,7 @@ class Record:
     report: dict[str, Any] = field(default_factory=dict)  # the training's own, or as much of it as the rows give
     finished: bool = False  # whether the training wrote its report
     problems: list[str] = field(default_factory=list)  # what is damaged
+    lost: str | None = None  # of the problems, that the training's report is
 
     @property
     def status(self) -> str:
@@ -67,15 +68,18 @@ def read_run(folder: str | Path, name: str | None = None, report: dict[str, Any]
     Raises ValueError if it is no run folder. Damage ends up in `Record.problems`.
     """
     folder = Path(folder).expanduser()
-    if not any((folder / file).is_file() for file in ("config.yaml", "metrics.jsonl")):
+    if report is None and not any((folder / file).is_file() for file in ("config.yaml", "metrics.jsonl")):
         what = "it has neither config.yaml nor metrics.jsonl" if folder.is_dir() else "there is no such folder"
         raise ValueError(f"runs: {folder} is no run folder ({what}): give the run_dir of a training")
     record = Record(name or folder.resolve().name, folder)
     record.config = _read_config(folder / "config.yaml", record.problems)
     damaged: list[str] = []
-    record.rows = [row for row in read_metrics(folder, damaged) if isinstance(row, dict) and "kind" in row]
+    rows = read_metrics(folder, damaged)
+    record.rows = [row for row in rows if _whole(row)]
+    if len(record.rows) < len(rows):
+        damaged.append(f"{folder}/metrics.jsonl: {len(rows) - len(record.rows)} lines lack keys and are left out")
     if report is None:
-        report = _read_json(folder / "report" / "report.json", record.problems)
+        report = _read_report(folder / "report" / "report.json", record)
     record.finished = report is not None and report.get("finished", True)
     record.report = report if record.finished and report is not None else _so_far(record)
     record.problems += damaged if record.finished else [line for line in damaged if "cut off" not in line]
@@ -107,14 +111,27 @@ def _read_config(path: Path, problems: list[str]) -> dict[str, Any]:
         return {}
 
 
-def _read_json(path: Path, problems: list[str]) -> dict[str, Any] | None:
+def _read_report(path: Path, record: Record) -> dict[str, Any] | None:
+    """What the training, or an earlier `prosparse report` of the run, wrote; None if nothing can be read."""
     try:
-        return json.loads(path.read_text())
+        report = json.loads(path.read_text())
+        record.lost = report.get("lost")  # an earlier `prosparse report` found the training's own damaged
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        problems.append(f"{path} cannot be read ({error}): what stands in metrics.jsonl is shown instead")
-        return None
+    except (OSError, ValueError, AttributeError) as error:
+        report, record.lost = None, f"{path} could not be read ({error}): what stands in metrics.jsonl is shown instead"
+    if record.lost:
+        record.problems.append(record.lost)
+    return report
+
+
+def _whole(row: Any) -> bool:
+    """Whether a line of metrics.jsonl has what every row of its kind has."""
+    needed = {
+        "train": ("step", "stage", "loss", "sparsity"),
+        "evaluation": ("step", "perplexity", "sparsity", "tokens"),
+    }
+    return isinstance(row, dict) and "kind" in row and all(key in row for key in needed.get(row["kind"], ("step",)))
 
 
 def _so_far(record: Record) -> dict[str, Any]:
@@ -126,7 +143,11 @@ def _so_far(record: Record) -> dict[str, Any]:
         models.pop("training", None)
     train = record.train_rows
     sources = (config.get("data") or {}).get("sources") or {}
-    return {
+    try:
+        export = {"export": json.loads((record.folder / "model" / "result.json").read_text())}
+    except (OSError, ValueError):
+        export = {}
+    return export | {
         "finished": False,
         "models": models,
         "tokens_trained": train[-1].get("tokens", 0) if train else 0,
@@ -135,8 +156,8 @@ def _so_far(record: Record) -> dict[str, Any]:
         if sources
         else "unknown",
         "dtype": config.get("dtype", "unknown"),
-        "device": "not recorded",
-        "command": "not recorded",
+        "device": "device not recorded",
+        "command": "command not recorded",
         "control": (config.get("recipe") or {}).get("control", "unknown"),
         "versions": config.get("versions", {}),
         "seconds": sum(row.get(key) or 0.0 for row in record.rows for key in ("step_seconds", "seconds")),

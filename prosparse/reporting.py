@@ -71,7 +71,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # key of a row: headin
     "perplexity": ("perplexity", lambda value: number(value, ".3f")),
     "x_base": ("x base", lambda value: number(value, ".4f")),
     "x_control": ("x control", lambda value: number(value, ".4f")),
-    "status": ("status", str),
+    "status": ("status", lambda value: value or "-"),
     "measured": ("measured", str),
 }
 
@@ -88,6 +88,7 @@ def compare(records: Sequence[Record], measured: Sequence[dict[str, Any]] = ()) 
         report = record.report
         base = record.models.get("base", {}).get("perplexity")
         control = matched[record.name].models["trained"]["perplexity"] if record.name in matched else None
+        trained_by = {row["step"]: row.get("tokens") for row in record.train_rows}
         for name, model in record.models.items():
             untrained = name in ("base", "substituted")
             seen = (name, record.source, model["perplexity"], model["sparsity"], model["tokens"])
@@ -100,7 +101,9 @@ def compare(records: Sequence[Record], measured: Sequence[dict[str, Any]] = ()) 
                     "model": name,
                     "activation": _activation(record, name, model),
                     "control": None if untrained else report.get("control"),
-                    "tokens_trained": 0 if untrained else report.get("tokens_trained"),
+                    "tokens_trained": 0
+                    if untrained
+                    else trained_by.get(model.get("step"), report.get("tokens_trained")),
                     "steps": model.get("step", report.get("steps")),
                     "sparsity": model["sparsity"],
                     "perplexity": model["perplexity"],
@@ -110,7 +113,7 @@ def compare(records: Sequence[Record], measured: Sequence[dict[str, Any]] = ()) 
                     "text": report["text"],
                     "dtype": report["dtype"],
                     "device": report["device"],
-                    "status": record.status,
+                    "status": None if untrained else record.status,
                 }
             )
     return rows + [_measured_row(result, measured, records, matched) for result in measured], notes
@@ -127,15 +130,21 @@ def _measured_row(
         same = (other for other in measured if other["model"] == {"run": run, "model": model})
         return next((other["perplexity"] for other in same if _rows(other) == _rows(result)), None)
 
-    control = perplexity(matched[run].name, "exported") if run in matched else None
-    finished = record is not None and model == "exported"
+    steps = tokens = control = None
+    if record is not None:
+        end = record.report.get("steps")
+        steps = int(model.removeprefix("step ")) if model.startswith("step ") else end if model == "exported" else None
+        trained_by = {row["step"]: row.get("tokens") for row in record.train_rows}
+        tokens = record.report.get("tokens_trained") if steps == end else trained_by.get(steps)
+        if run in matched and steps == end:
+            control = perplexity(matched[run].name, "exported")
     return {
         "run": run,
         "model": f"{model} (measured)",
         "activation": _threshold(**result["activation"]) if result.get("activation") else None,
-        "control": record.report.get("control") if record is not None and finished else None,
-        "tokens_trained": record.report.get("tokens_trained") if record is not None and finished else None,
-        "steps": None if record is None or not finished else record.report.get("steps"),
+        "control": record.report.get("control") if record is not None else None,
+        "tokens_trained": tokens,
+        "steps": steps,
         "sparsity": result["sparsity"],
         "perplexity": result["perplexity"],
         "x_base": _ratio(result["perplexity"], perplexity(None, "base")),
@@ -144,7 +153,7 @@ def _measured_row(
         "text": texts_of(result),
         "dtype": result["dtype"],
         "device": result["device"],
-        "status": "finished",
+        "status": None,
     }
 
 
@@ -161,8 +170,8 @@ def _activation(record: Record, name: str, model: dict[str, Any]) -> str | None:
     recipe = record.config.get("recipe") or {}
     if name == "base":
         return None
-    if name in ("shifted", "recovered", "exported") and export:
-        return _threshold(export["activation"], export["param"])
+    if name in ("shifted", "recovered", "exported"):
+        return _threshold(export["activation"], export["param"]) if export else None
     if record.report.get("control") == str(Control.silu_continued):
         return export.get("activation")
     return (
@@ -181,7 +190,7 @@ def tables(records: Sequence[Record], result: dict[str, Any]) -> list[Table]:
     shown = result["table"]
     notes = list(result["table_notes"])
     keys = [key for key in COLUMNS if key not in ("status", "measured")]
-    if any(row["status"] != "finished" for row in shown):
+    if any(row["status"] not in (None, "finished") for row in shown):
         keys.append("status")
     told = [f"{row['tokens']:,} tokens, {row['text']}, {row['dtype']}, {row['device']}" for row in shown]
     conditions = list(dict.fromkeys(told))
@@ -346,6 +355,7 @@ def write(
         "finished": all(record.finished for record in records),
         "incomplete": bool(problems),
         "problems": problems,
+        "lost": next((record.lost for record in records if record.lost), None),
         "runs": runs,
         "table": rows,
         "table_notes": notes,

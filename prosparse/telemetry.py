@@ -12,11 +12,11 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterable, Mapping, Sized
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from math import isfinite, nan
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -28,11 +28,8 @@ from prosparse.ffn import Substitution, neurons
 
 # Dense bf16 peaks in FLOP/s, from the vendor's data sheets.
 PEAK_FLOPS = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H200": 989e12}
-AFTER_TRAINING = (
-    "shifted",
-    "recovered",
-    "exported",
-)  # evaluation rows of these models are no points of the training's own curve
+WANDB_SECONDS = 60  # until wandb counts as out of reach
+AFTER_TRAINING = ("shifted", "recovered", "exported")  # evaluations of these are no points of the training's own curve
 
 # --- strict JSON ------------------------------------------------------------------------------------------------------
 
@@ -299,8 +296,10 @@ class Eta:
 class Tracker:
     """The run's wandb run, made on rank 0 only; without effect when `tracking.wandb` is disabled or wandb fails.
 
+    `auto` goes online with a key that works and offline without, and says so; it never asks for one.
     With the `tracking_id` of an earlier tracker the same wandb run goes on. wandb cannot take back the steps that a
-    resume repeats: it shows them twice. Command lines, output, code and git remotes are not sent.
+    resume repeats: it shows them twice. Output, code and git remotes are not sent; the report has the
+    run's command line.
     """
 
     def __init__(self, tracking: Tracking, run_dir: Path, config: dict[str, Any], tracking_id: str | None) -> None:
@@ -356,20 +355,40 @@ def _start_wandb(tracking: Tracking, run_dir: Path, config: dict[str, Any], trac
     import wandb
 
     run_dir.mkdir(parents=True, exist_ok=True)
-    offline = tracking.wandb is Wandb.offline or os.environ.get("WANDB_MODE") == "offline"
-    # A prompt would hold up a job.
-    if not offline and not wandb.login(prompt=False, verify=False):
+    begin = partial(_init_wandb, tracking, run_dir, config, tracking_id)
+    kept = f"the run stays in {run_dir}/wandb, from where `wandb sync` sends it"
+    if tracking.wandb is Wandb.offline or os.environ.get("WANDB_MODE") == "offline":
+        return begin("offline")
+    if not wandb.login(prompt=False, verify=False):  # a prompt would hold up a job
         if tracking.wandb is Wandb.online:
             told = "run `wandb login` or set WANDB_API_KEY, or choose tracking.wandb=offline"
             raise RuntimeError(f"not logged in: {told}")
-        offline = True
-        print(f"wandb: no key, so the run stays in {run_dir}/wandb; `wandb sync` sends it later", file=sys.stderr)
+        print(f"wandb has no key: {kept}", file=sys.stderr)
+        return begin("offline")
+    try:
+        return begin("online")
+    except Exception as error:
+        if tracking.wandb is Wandb.online:
+            raise
+        print(f"wandb cannot be reached ({(str(error).splitlines() or [''])[0]}): {kept}", file=sys.stderr)
+        return begin("offline")
+
+
+def _init_wandb(
+    tracking: Tracking,
+    run_dir: Path,
+    config: dict[str, Any],
+    tracking_id: str | None,
+    mode: Literal["online", "offline"],
+) -> Any:
+    import wandb
+
     run = wandb.init(
         project=redact(tracking.project),
         name=None if tracking.name is None else redact(tracking.name),
         id=tracking_id,
         resume="allow",
-        mode="offline" if offline else "online",
+        mode=mode,
         dir=str(run_dir),
         config=config,
         settings=wandb.Settings(
@@ -378,7 +397,7 @@ def _start_wandb(tracking: Tracking, run_dir: Path, config: dict[str, Any], trac
             disable_git=True,
             quiet=True,
             x_disable_meta=True,
-            init_timeout=60,
+            init_timeout=WANDB_SECONDS,
             finish_timeout=300,
         ),
     )
@@ -401,6 +420,8 @@ def _logged(row: dict[str, Any]) -> dict[str, Any]:
             sent[f"{kind}/{key}"] = wandb.Histogram(np_histogram=np.histogram(known, bins=32, range=bounds))
             if row["kind"] == "evaluation":
                 sent |= {f"{kind}_{key}/{layer:02d}": part for layer, part in enumerate(value)}
+        elif isinstance(value, dict):
+            sent |= {f"{kind}/{key}_{part}": v for part, v in value.items() if isinstance(v, int | float)}
         elif isinstance(value, int | float) and key != "step":
             sent[f"{kind}/{key}"] = value
     return sent

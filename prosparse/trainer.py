@@ -200,6 +200,7 @@ def train_stages(run: Run) -> bool:
             "l1_factor_mean": factor,
             "sparsity": sparsity,
             "target": goal,
+            "controller": {key: state.controller[key] for key in ("smoothed", "error", "slope")} if chain else None,
             "sparsity_by_layer": by_layer,
             "mean_abs_by_layer": magnitude,
             "lr": rate,
