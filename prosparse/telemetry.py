@@ -370,6 +370,7 @@ def _start_wandb(tracking: Tracking, run_dir: Path, config: dict[str, Any], trac
     except Exception as error:
         if tracking.wandb is Wandb.online:
             raise
+        wandb.teardown()  # else the run's id counts as in use
         print(f"wandb cannot be reached ({(str(error).splitlines() or [''])[0]}): {kept}", file=sys.stderr)
         return begin("offline")
 
@@ -395,12 +396,14 @@ def _init_wandb(
             console="off",
             save_code=False,
             disable_git=True,
-            quiet=True,
+            silent=True,  # it would write to stdout after the run's result
             x_disable_meta=True,
             init_timeout=WANDB_SECONDS,
             finish_timeout=300,
         ),
     )
+    if mode == "online":
+        print(f"wandb: {run.url}", file=sys.stderr)
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run
