@@ -250,35 +250,34 @@ def test_wandb_that_breaks_is_one_warning_and_training_goes_on(monkeypatch, caps
     assert (tracker.id, len(run.rows)) == ("abc", 1)
 
 
-def track(tmp_path, mode, **environment):
-    """What a process with a `Tracker` and a home of its own says: its id and stderr."""
-    code = (
-        "from prosparse import telemetry; from prosparse.config import Tracking, Wandb; telemetry.WANDB_SECONDS = 3\n"
-        f"tracker = telemetry.Tracker(Tracking(wandb=Wandb.{mode}), {str(tmp_path / 'run')!r}, {{}}, 'kept')\n"
-        "tracker.log({'kind': 'train', 'step': 1, 'loss': 2.0}); tracker.finish(); print(tracker.id)"
-    )
-    env = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")} | environment
-    env |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_CONFIG_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=90, check=True)
-    return done.stdout.strip(), done.stderr
-
-
-def test_the_wandb_group_stays_on_disk_without_a_key_and_says_so(tmp_path):
+def test_the_wandb_group_without_a_key_or_a_network_keeps_the_run_on_disk_and_says_so_once(tmp_path):
     pytest.importorskip("wandb")
     assert compose("train", ["experiment=demo", "tracking=wandb"]).tracking.wandb is Wandb.auto
     assert compose("train", ["experiment=demo"]).tracking.wandb is Wandb.disabled
-    kept, said = track(tmp_path, "auto")
-    assert kept == "kept"
-    assert said.count("wandb has no key: the run stays in") == 1 and "goes on without" not in said
-    assert list(tmp_path.glob("run/wandb/offline-run-*/run-kept.wandb"))
-
-
-def test_wandb_that_cannot_be_reached_leaves_the_run_on_disk(tmp_path):
-    pytest.importorskip("wandb")
-    kept, said = track(tmp_path, "auto", WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="0123456789" * 4)
-    assert kept == "kept"
-    assert said.count("wandb cannot be reached") == 1 and "goes on without" not in said
-    assert list(tmp_path.glob("run/wandb/offline-run-*/run-kept.wandb"))
+    code = f"""
+import os, sys
+from prosparse import telemetry
+from prosparse.config import Tracking, Wandb
+telemetry.WANDB_SECONDS = 3
+for name in ("no_key", "no_network"):
+    tracker = telemetry.Tracker(Tracking(wandb=Wandb.auto), f"{tmp_path}/{{name}}", {{}}, name)
+    tracker.log({{"kind": "train", "step": 1, "loss": 2.0}})
+    tracker.finish()
+    print(tracker.id)
+    print("next", file=sys.stderr)
+    os.environ |= {{"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0123456789" * 4}}
+    __import__("wandb").teardown()
+"""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    env |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_CONFIG_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=90, check=True)
+    assert done.stdout == "no_key\nno_network\n"  # the ids, and nothing of wandb's own
+    first, second, _ = done.stderr.split("next\n")
+    assert first.count("wandb has no key: the run stays in") == 1
+    assert second.count("wandb cannot be reached") == 1
+    assert "goes on without" not in done.stderr
+    for name in ("no_key", "no_network"):
+        assert list(tmp_path.glob(f"{name}/wandb/offline-run-*/run-{name}.wandb"))
 
 
 def test_online_without_a_login_warns_instead_of_asking_and_keeps_the_id(tmp_path):
