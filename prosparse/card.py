@@ -39,20 +39,23 @@ def run_card(record: Record, measured: Sequence[dict[str, Any]] = (), evaluated:
     return model_card(record.report["export"], figures, record, own)
 
 
-def checkpoint_card(checkpoint: str, figures: Sequence[dict[str, Any]] | None = None) -> Callable[[dict[str, Any]], str]:
+def checkpoint_card(checkpoint: str, figures: Sequence[dict[str, Any]] | None = None) -> Callable[[dict], str]:
     """For an export of `checkpoint`: what makes its card of what the export says.
 
     figures: measured on the very model that is exported; None: those that a run's own files have of it.
     """
     record = _record_of(Path(checkpoint).expanduser())
+    name = None if record is None else label(checkpoint, [record])["model"]
+    if record is not None and name != "exported":
+        record.report = record.report | {"shift": None}  # which came after this checkpoint
 
     def card(exported: dict[str, Any]) -> str:
         known = list(figures or [])
-        if record is not None and figures is None:
-            name = label(checkpoint, [record])["model"]
-            of = _at_step(record, name) if name is not None and name.startswith("step ") else name
-            quantized = exported["format"] == "powerinfer"  # other numbers than those that were measured
-            known = [_figure(record, part) for part in ("base", of) if part in record.models and not quantized]
+        if record is not None and figures is None and exported["format"] != "powerinfer":  # which has other numbers
+            last = f"step {record.report.get('steps')}"
+            known = [
+                _figure(record, part) for part in ("base", "trained" if name == last else name) if part in record.models
+            ]
         return model_card(exported, known, record, source=checkpoint)
 
     return card
@@ -64,11 +67,6 @@ def _record_of(path: Path) -> Record | None:
         if (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file():
             return read_run(folder)
     return None
-
-
-def _at_step(record: Record, name: str) -> str | None:
-    """Which of the run's measured models the checkpoint "step N" is: the last one is the trained model."""
-    return "trained" if name == f"step {record.report.get('steps')}" else None
 
 
 def _figure(record: Record, name: str) -> dict[str, Any]:

@@ -201,9 +201,10 @@ def _sweeps(record: Record) -> list[tuple[str, list[dict[str, Any]], str]]:
     """(granularity, what was tried, marker) of the run's shift."""
     found = record.report.get("shift") or {}
     series = [("model", found.get("sweep") or [], ".")]
-    allocations = found.get("allocations") or []
     for granularity, mark in (("layer", "v"), ("neuron", "*")):
-        series.append((granularity, [row for row in allocations if row.get("granularity") == granularity], mark))
+        tried = found.get("allocations") or []
+        own = [row for row in tried if row.get("granularity", found.get("granularity")) == granularity]
+        series.append((granularity, own, mark))
     return series
 
 
@@ -267,7 +268,8 @@ def shift(records: Sequence[Record]) -> Figure | None:
             axes.axvline(found["threshold"], color=mark, lw=1.3, ls="--")
         budget = found.get("budget")
         told = "" if budget is None else f", budget {100 * budget:.3g} %"
-        name = "chosen" if len(shown) == 1 else records[number].name
+        whole = "for the whole model" if found.get("granularity", "model") != "model" else "chosen"
+        name = whole if len(shown) == 1 else records[number].name
         handles.append(Line2D([], [], color=mark, ls="--", marker="o" if len(shown) > 1 else "", lw=1.3, ms=5))
         handles[-1].set_label(f"{name}: {found['threshold']:.4g}{told}")
         perplexities += [value for value in _column(sweep, "perplexity") if isfinite(value)]

@@ -119,8 +119,8 @@ def run_predict(config: Predict) -> dict:
 
 def run_shift(config: ShiftCheckpoint) -> dict:
     from prosparse.allocation import fold
-    from prosparse.data import batch
     from prosparse.card import checkpoint_card
+    from prosparse.data import batch
     from prosparse.exporters.hf import export_hf_model, put_card
     from prosparse.ffn import activation_of, substitute
     from prosparse.sparsity import measure, spread
@@ -138,7 +138,8 @@ def run_shift(config: ShiftCheckpoint) -> dict:
         model, tokenizer = _open(config, Dtype.fp32)
         ids = batch(chosen, [0]).input_ids
         said["folded"] = fold(model, shifted.thresholds, token_ids=ids, dtype=_dtype(config.dtype)).to_dict()
-    figure = {"model": "this model", "tokens": shifted.tokens, "text": config.text, **_conditions(config, model)}
+    figure = {"model": "this model", "tokens": shifted.tokens, **_conditions(config, model)}
+    figure["text"] = f"{config.text} ({len(chosen)} calibration rows)"
     card = partial(checkpoint_card, config.checkpoint)
     export_hf_model(model, tokenizer, config.out, _dtype(config.dtype), card=card([]))
     seen: Any = next(point for point in shifted.sweep if point.threshold == shifted.threshold)
