@@ -381,8 +381,8 @@ FIGURES = {  # file: what it shows; in the order of the page
     "calibration rows, which are another text and so another level of perplexity.",
     "training.png": "Loss, L1 factor λ and sparsity over the steps of training.",
     "layers.png": "Sparsity by layer on held-out text.",
-    "shift.png": "The shift: what each threshold of the whole model gave on calibration rows; dashed the largest within the budget, "
-    "or the one given.",
+    "shift.png": "The shift: what each threshold of the whole model gave on calibration rows; dashed the largest "
+    "within the budget, or the one given.",
     "texts.png": "Sparsity by text, and by layer on each text.",
     "top_k.png": "Perplexity when only the largest of each token's neurons are kept (top-k); the star is the sparsity "
     "at which the perplexity has risen by the given percentage (CETT-PPL).",
