@@ -116,8 +116,7 @@ def _several_trainings(shown: Sequence[Record], records: Sequence[Record]) -> Fi
 
 def _held_out(record: Record) -> list[dict[str, Any]]:
     """Evaluations of the training's own curve; at step 0 substituted, which comes after base."""
-    after = (*AFTER_TRAINING, "recovered")
-    rows = [row for row in record.rows if row["kind"] == "evaluation" and row.get("model") not in after]
+    rows = [row for row in record.rows if row["kind"] == "evaluation" and row.get("model") not in AFTER_TRAINING]
     return list({row["step"]: row for row in rows}.values())
 
 

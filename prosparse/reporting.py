@@ -87,7 +87,8 @@ def compare(records: Sequence[Record], measured: Sequence[dict[str, Any]] = ()) 
     for record in records:
         report = record.report
         base = record.models.get("base", {}).get("perplexity")
-        control = matched[record.name].models["trained"]["perplexity"] if record.name in matched else None
+        dense = matched[record.name].models if record.name in matched else {}  # by step: one may stand before `recover`
+        control = {model.get("step"): model["perplexity"] for name, model in dense.items() if name in FINISHED}
         trained_by = {row["step"]: row.get("tokens") for row in record.train_rows}
         for name, model in record.models.items():
             untrained = name in ("base", "substituted")
@@ -108,7 +109,9 @@ def compare(records: Sequence[Record], measured: Sequence[dict[str, Any]] = ()) 
                     "sparsity": model["sparsity"],
                     "perplexity": model["perplexity"],
                     "x_base": _ratio(model["perplexity"], base),
-                    "x_control": _ratio(model["perplexity"], control) if name in FINISHED else None,
+                    "x_control": _ratio(model["perplexity"], control.get(model.get("step")))
+                    if name in FINISHED
+                    else None,
                     "tokens": model["tokens"],
                     "text": report["text"],
                     "dtype": report["dtype"],
