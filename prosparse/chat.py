@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from prosparse.config import Bos, Source, Template
+from prosparse.config import Auto, Source, Template
 
 FORMAT = 2  # of the rows
 UNLABELED = -100
@@ -71,7 +71,7 @@ def conversation(row: dict[str, Any], source: Source, where: str) -> str:
     return json.dumps(kept, ensure_ascii=False, separators=(",", ":"))
 
 
-def chat_template(tokenizer: Any, choice: Template, bos: Bos) -> str:
+def chat_template(tokenizer: Any, choice: Template, bos: Auto) -> str:
     """The Jinja text of a named template, which renders BOS first as `bos` says, or of the tokenizer's own as it is.
 
     Raises ValueError if the tokenizer has none of its own.
@@ -81,7 +81,7 @@ def chat_template(tokenizer: Any, choice: Template, bos: Bos) -> str:
             raise ValueError("the tokenizer has no chat template: set data.template=chatml, or the one of the model")
         return tokenizer.get_chat_template()
     template = TEMPLATES[choice]
-    if bos is Bos.none or tokenizer.bos_token is None or begins_with_bos(tokenizer, template):
+    if bos is Auto.none or tokenizer.bos_token is None or begins_with_bos(tokenizer, template):
         return template  # ChatML where <|im_start|> is BOS has it already
     return "{{ bos_token }}" + template
 

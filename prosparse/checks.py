@@ -27,12 +27,12 @@ from prosparse.config import (
     PenaltyUnit,
     Predict,
     Recipe,
+    Report,
     Shift,
     ShiftCheckpoint,
     StageLr,
     Tasks,
     Train,
-    shift_of,
 )
 
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -50,11 +50,11 @@ def validate(config: Any) -> None:
         validate_recipe(config.recipe)
         _validate_train(config)
     if isinstance(config, ShiftCheckpoint):
-        shift = shift_of(config)
         require(
-            (shift.threshold is None) != (shift.budget is None), "give either threshold=T or budget=B, for one of them"
+            (config.threshold is None) != (config.budget is None),
+            "give either threshold=T or budget=B, for one of them",
         )
-        _validate_shift(shift, "")
+        _validate_shift(config, "")
     if isinstance(config, Measure | ShiftCheckpoint | Predict):
         require(config.context >= 2, f"context is {config.context}: a row needs at least 2 tokens")
         require(config.batch >= 1, f"batch is {config.batch}: give at least 1")
@@ -72,6 +72,12 @@ def validate(config: Any) -> None:
         _validate_tasks(config, "")
         require(config.threads is None or config.threads >= 1, f"threads is {config.threads}: give at least 1, or null")
         _validate_device(config.device)
+    if isinstance(config, Report):
+        require(len(config.runs) > 0, "runs is empty: give runs=[RUN,...], the run_dir of one or more trainings")
+        require(
+            len(config.runs) == 1 or config.out is not None,
+            f"out is missing: a report of {len(config.runs)} runs belongs to none of their folders, give out=DIR",
+        )
     if isinstance(config, Export):
         require(
             config.format != ExportFormat.llama_cpp,

@@ -38,8 +38,10 @@ SCHEMAS: dict[str, type] = {
     "export": schema.Export,
     "generate": schema.Generate,
     "eval": schema.Eval,
+    "report": schema.Report,
 }
 VERBATIM = ("prompt", "system")
+LISTS = re.compile(r"^(runs|measures)=\[?(.*?)\]?$")
 FREE_TEXT = re.compile(
     r"^(prompt|system|run_dir|resume|fork|teacher|checkpoint|text|out|predictors|(evaluate\.)?task_path|model\.source|"
     r"data\.(cache|tokenizer|sources\.\w+\.path))="
@@ -227,6 +229,9 @@ def _quote(override: str) -> str:
     """Quote a free-text value that Hydra's grammar would stumble over; a mapping that begins empty takes new keys."""
     if override.startswith("texts="):
         return f"+{override}"
+    if several := LISTS.match(override):
+        parts = [part.strip() for part in several[2].split(",") if part.strip()]
+        return f"{several[1]}=[{','.join(_quote(f'out={part}').removeprefix('out=') for part in parts)}]"
     match = FREE_TEXT.match(override)
     if match is None:
         return override

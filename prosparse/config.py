@@ -1,9 +1,9 @@
 """The schema: plain dataclasses that type every key. checks.py holds what must be true across keys.
 
-In: nothing. Out: `Train`, `Prepare`, `Measure`, `Predict`, `ShiftCheckpoint`, `Export`, `Generate`, `Eval`, and parts.
+In: nothing. Out: a config class for each verb (`Train`, `Measure`, ...) and their parts.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -55,7 +55,7 @@ class Checkpointing(StrEnum):
     reentrant = "reentrant"
 
 
-class Bos(StrEnum):
+class Auto(StrEnum):
     auto = "auto"
     none = "none"
 
@@ -66,12 +66,8 @@ class Template(StrEnum):
     minicpm = "minicpm"
 
 
-class Chat(StrEnum):
-    auto = "auto"
-    none = "none"
-
-
 class Wandb(StrEnum):
+    auto = "auto"  # online with a key, else offline
     disabled = "disabled"
     offline = "offline"
     online = "online"
@@ -275,7 +271,7 @@ class Source:
 class Data:
     sources: dict[str, Source] = field(default_factory=dict)
     held_out: float = 0.02  # share of documents kept out of training, chosen by the document's own text
-    bos: Bos = Bos.auto  # auto: BOS before every document if the tokenizer has one
+    bos: Auto = Auto.auto  # auto: BOS before every document if the tokenizer has one
     template: Template = Template.auto  # of chat sources; auto: the tokenizer's own
     tokenizer: str | None = None  # null: the model's
     cache: str = "~/.cache/prosparse/data"
@@ -335,7 +331,7 @@ class Tasks:
     shots: int | None = None  # examples before each question, except in suites; null: what the task says
     batch: int = 8  # texts that the model computes together
     context: int | None = None  # the most tokens of a text; null: the model's positions
-    chat: Chat = Chat.none  # auto: ask through the tokenizer's chat template
+    chat: Auto = Auto.none  # auto: ask through the tokenizer's chat template
     unsafe_code: bool = False  # run what the model writes, as humaneval and mbpp need
 
 
@@ -410,7 +406,7 @@ class Reads(Opens):
     column: str = "text"
     context: int = 512
     batch: int = 4  # rows that the model computes together
-    bos: Bos = Bos.auto
+    bos: Auto = Auto.auto
     cache: str = "~/.cache/prosparse/data"
 
 
@@ -459,16 +455,10 @@ class Predict(Reads):
 
 
 @dataclass
-class ShiftCheckpoint(Reads):
+class ShiftCheckpoint(Shift, Reads):
     """`prosparse shift`: the end of a recipe for a model that is already trained."""
 
     out: str = MISSING
-    threshold: float | None = None
-    budget: float | None = None
-    calibration_rows: int = 32
-    start: float = 0.01
-    refinements: int = 4
-    granularity: Granularity = Granularity.model
 
 
 @dataclass
@@ -491,7 +481,7 @@ class Generate(Opens):
     max_new_tokens: int = 256
     temperature: float = 0.0  # 0: always the likeliest token
     top_p: float = 1.0
-    chat: Chat = Chat.auto  # auto: the tokenizer's chat template if it has one
+    chat: Auto = Auto.auto  # auto: the tokenizer's chat template if it has one
     seed: int = 0
     out: str | None = None  # folder for result.json
 
@@ -499,10 +489,12 @@ class Generate(Opens):
 @dataclass
 class Eval(Tasks, Opens):
     tasks: list[str] = MISSING
-    bos: Bos = Bos.auto  # auto: as the model was trained; of a model that does not say, if the tokenizer has one
+    bos: Auto = Auto.auto  # auto: as the model was trained; of a model that does not say, if the tokenizer has one
     out: str | None = None  # folder for result.json, which has each task as soon as it is done
 
 
-def shift_of(config: ShiftCheckpoint) -> Shift:
-    """What the verb's keys say, as a recipe has it."""
-    return Shift(**{f.name: getattr(config, f.name) for f in fields(Shift)})
+@dataclass
+class Report:
+    runs: list[str] = MISSING  # run folders
+    measures: list[str] = field(default_factory=list)  # folders with a result.json of `measure` or `eval`
+    out: str | None = None  # null: report/ of the run, if it is one

@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from prosparse import chat
-from prosparse.config import Bos, Data, Source
+from prosparse.config import Auto, Data, Source
 from prosparse.sources import documents, hashed, identity
 
 FORMAT = 1  # of the rows
@@ -138,7 +138,7 @@ def open_prepared(folders: Mapping[str, Path]) -> Prepared:
 
 
 def text_rows(
-    text: str, tokenizer: Any, context: int, *, bos: Bos, column: str, cache: str, held_out: float | None = None
+    text: str, tokenizer: Any, context: int, *, bos: Auto, column: str, cache: str, held_out: float | None = None
 ) -> Rows:
     """The rows of one text (a named text, file, folder or hub://NAME): all of it, or only its `held_out` share.
 
@@ -149,7 +149,7 @@ def text_rows(
 
 
 def text_splits(
-    text: str, tokenizer: Any, context: int, *, bos: Bos, column: str, cache: str, held_out: float
+    text: str, tokenizer: Any, context: int, *, bos: Auto, column: str, cache: str, held_out: float
 ) -> tuple[Rows, Rows]:
     """The rows of the training documents of one text and those of the `held_out` share; see `text_rows`."""
     train, other = _text_rows(SPLITS, text, tokenizer, context, bos, column, cache, held_out)
@@ -161,7 +161,7 @@ def _text_rows(
     text: str,
     tokenizer: Any,
     context: int,
-    bos: Bos,
+    bos: Auto,
     column: str,
     cache: str,
     held_out: float | None,
@@ -191,18 +191,18 @@ def _require_row(splits: list[dict[str, int]], where: str, context: str) -> None
 def begins_with_bos(data: Data, tokenizer: Any) -> bool:
     """Whether rows of `data` begin each document with BOS; of conversations alone the chat template says it."""
     if any(not source.is_chat for source in data.sources.values()):
-        return data.bos is Bos.auto and tokenizer.bos_token_id is not None
+        return data.bos is Auto.auto and tokenizer.bos_token_id is not None
     return chat.begins_with_bos(tokenizer, chat.chat_template(tokenizer, data.template, data.bos))
 
 
-def _control(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> Control:
+def _control(tokenizer: PreTrainedTokenizerBase, bos: Auto) -> Control:
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ValueError("the tokenizer is not a fast one: set data.tokenizer to one that has a tokenizer.json")
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token to separate documents: set data.tokenizer to one that has")
-    if bos is Bos.auto and tokenizer.bos_token_id is None:
+    if bos is Auto.auto and tokenizer.bos_token_id is None:
         print("The tokenizer has no BOS token: EOS alone separates documents.", file=sys.stderr)
-    before = [tokenizer.bos_token_id] if bos is Bos.auto and tokenizer.bos_token_id is not None else []
+    before = [tokenizer.bos_token_id] if bos is Auto.auto and tokenizer.bos_token_id is not None else []
     return before, tokenizer.eos_token_id
 
 

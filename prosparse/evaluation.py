@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from prosparse.config import Bos, Chat, Evaluate, Tasks
+from prosparse.config import Auto, Evaluate, Tasks
 from prosparse.group import from_rank_zero, rank_and_world
 from prosparse.models.formats import TRAINED_WITH_BOS
 
@@ -72,13 +72,13 @@ SUITES: dict[str, dict[str, tuple[Job, ...]]] = {
 }
 
 
-def starts_with_bos(config: PreTrainedConfig, tokenizer: Any, bos: Bos, source: object) -> bool:
+def starts_with_bos(config: PreTrainedConfig, tokenizer: Any, bos: Auto, source: object) -> bool:
     """Whether texts for the model in `source` begin with BOS.
 
-    Bos.auto: as the model was trained, which its config says if a run of prosparse made it; else if the tokenizer has
+    Auto.auto: as the model was trained, which its config says if a run of prosparse made it; else if the tokenizer has
     one. Raises ValueError if the model was trained with BOS and the tokenizer has none.
     """
-    if bos is Bos.none:
+    if bos is Auto.none:
         return False
     trained = getattr(config, TRAINED_WITH_BOS, None)
     if trained and tokenizer.bos_token_id is None:
@@ -111,7 +111,7 @@ def evaluate(
     jobs = jobs_of(tasks)
     names, results = [job.task for job in jobs.values()], dict(done or {})
     lm_eval = _import()
-    if tasks.chat is Chat.auto and tokenizer.chat_template is None:
+    if tasks.chat is Auto.auto and tokenizer.chat_template is None:
         raise ValueError(
             "chat=auto: the tokenizer has no chat template; leave chat out, and tasks are asked as they are"
         )
@@ -147,7 +147,7 @@ def evaluate(
                 limit=tasks.limit,
                 bootstrap_iters=100,  # of metrics that are no mean; those have a closed form
                 log_samples=False,
-                apply_chat_template=tasks.chat is Chat.auto,
+                apply_chat_template=tasks.chat is Auto.auto,
                 task_manager=manager,
                 confirm_run_unsafe_code=tasks.unsafe_code,
             )

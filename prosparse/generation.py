@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from prosparse.checks import require
-from prosparse.config import Chat, Generate
+from prosparse.config import Auto, Generate
 from prosparse.ffn import find_ffns, observing
 from prosparse.penalty import COUNT, new_statistics, sparsity_by_layer, tally
 
@@ -121,12 +121,12 @@ def generate(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    chat: Chat = Chat.auto,
+    chat: Auto = Auto.auto,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Generation:
     """What `model` says after `messages`: {"role": system | user | assistant, "content": text}, the last the prompt.
 
-    Temperature 0 takes the likeliest token, any other samples with torch's global random state. With Chat.none, or
+    Temperature 0 takes the likeliest token, any other samples with torch's global random state. With Auto.none, or
     without a template, the contents are one text, a line each, after BOS if the tokenizer has one.
     The answer ends at EOS (of the model's generation config or the tokenizer), nothing else of that config is used,
     and before what the template renders at the end of an answer.
@@ -191,8 +191,8 @@ def generate(
     )
 
 
-def _encode(tokenizer: Any, messages: Sequence[dict[str, str]], chat: Chat) -> list[int]:
-    if chat is Chat.auto and tokenizer.chat_template is not None:
+def _encode(tokenizer: Any, messages: Sequence[dict[str, str]], chat: Auto) -> list[int]:
+    if chat is Auto.auto and tokenizer.chat_template is not None:
         try:  # the template's own text says where BOS stands
             return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True).input_ids
         except TemplateError as error:
@@ -206,9 +206,9 @@ def _encode(tokenizer: Any, messages: Sequence[dict[str, str]], chat: Chat) -> l
     return ids
 
 
-def _turn_end(tokenizer: Any, messages: Sequence[dict[str, str]], chat: Chat) -> str:
+def _turn_end(tokenizer: Any, messages: Sequence[dict[str, str]], chat: Auto) -> str:
     """What the chat template renders after an answer to `messages`, without white space around it; may be empty."""
-    if chat is Chat.none or tokenizer.chat_template is None:
+    if chat is Auto.none or tokenizer.chat_template is None:
         return ""
     answer = {"role": "assistant", "content": "ANSWER"}
     try:

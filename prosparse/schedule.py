@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from math import cos, pi, sin
 from typing import Any
 
+from prosparse.checks import merged_lr
 from prosparse.config import (
     L1,
     Control,
@@ -20,7 +21,6 @@ from prosparse.config import (
     Scale,
     Stage,
     StageLr,
-    merged_lr,
 )
 
 RECOVER = "recover"  # the stage after the shift

@@ -3,11 +3,12 @@
 In: a `Run` between two steps. Out: a row of metrics.jsonl a task, and whether evaluate.stop ends the run.
 """
 
+from pathlib import Path
+
 from prosparse import evaluation, schedule
-from prosparse.config import Bos
+from prosparse.config import Auto
 from prosparse.ffn import activation_of, set_penalty
 from prosparse.group import from_rank_zero, waiting
-from prosparse.reporting import task_results
 from prosparse.run import Run
 from prosparse.telemetry import read_metrics
 
@@ -31,7 +32,7 @@ def evaluate_tasks(run: Run, name: str) -> dict[str, dict]:
         run.log(mark | {"task": task, "result": result, "seconds": result["seconds"]})
         run.say(f"{name:<12} {evaluation.line(task, result)}")
 
-    bos = evaluation.starts_with_bos(run.base_config, run.tokenizer, Bos.auto, run.folder)
+    bos = evaluation.starts_with_bos(run.base_config, run.tokenizer, Auto.auto, run.folder)
     together = config.zero.stage == 3 and run.world > 1
     with waiting(config.timeouts.start_seconds):
         return evaluation.evaluate(
@@ -63,3 +64,12 @@ def check_stop_rule(run: Run) -> None:
             "the base model: set it to null, or start in another run_dir"
         )
     evaluation.metric(base, wanted)
+
+
+def task_results(run_dir: Path) -> dict[str, dict[str, dict]]:
+    """By model (base, a stage's name, shifted) and task what the rows of kind `task` say; the newest counts."""
+    found: dict[str, dict[str, dict]] = {}
+    for row in read_metrics(run_dir):
+        if row["kind"] == "task":
+            found.setdefault(row["evaluated"], {})[row["task"]] = row["result"]
+    return found

@@ -12,11 +12,11 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterable, Mapping, Sized
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from math import isfinite, nan
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -28,11 +28,8 @@ from prosparse.ffn import Substitution, neurons
 
 # Dense bf16 peaks in FLOP/s, from the vendor's data sheets.
 PEAK_FLOPS = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H200": 989e12}
-AFTER_TRAINING = (
-    "shifted",
-    "recovered",
-    "exported",
-)  # evaluation rows of these models are no points of the training's own curve
+WANDB_SECONDS = 60  # until wandb counts as out of reach
+AFTER_TRAINING = ("shifted", "recovered", "exported")  # evaluations of these are no points of the training's own curve
 
 # --- strict JSON ------------------------------------------------------------------------------------------------------
 
@@ -109,10 +106,11 @@ class Metrics:
             raise OSError(f"{self.path} cannot be written: {error.strerror}") from error
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+def read_metrics(run_dir: Path, damaged: list[str] | None = None) -> list[dict[str, Any]]:
     """The rows of RUN/metrics.jsonl in order; none if there is no file. A half-written last line is left out.
 
-    Raises ValueError for any other line that is not JSON.
+    Raises ValueError for any other line that is not JSON; with a list `damaged` every such line is left out and told
+    there, the last one too.
     """
     path = Path(run_dir) / "metrics.jsonl"
     lines = path.read_bytes().rstrip().split(b"\n") if path.exists() else []
@@ -121,7 +119,10 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            if number < len(lines):
+            last = number == len(lines)
+            if damaged is not None and line:
+                damaged.append(f"{path}, line {number} is {'cut off' if last else 'not JSON'}: it is left out")
+            elif not last:
                 raise ValueError(f"{path}, line {number} is not JSON: remove the line, or the file") from error
     return rows
 
@@ -295,8 +296,10 @@ class Eta:
 class Tracker:
     """The run's wandb run, made on rank 0 only; without effect when `tracking.wandb` is disabled or wandb fails.
 
+    `auto` goes online with a key that works and offline without, and says so; it never asks for one.
     With the `tracking_id` of an earlier tracker the same wandb run goes on. wandb cannot take back the steps that a
-    resume repeats: it shows them twice. Command lines, output, code and git remotes are not sent.
+    resume repeats: it shows them twice. Output, code and git remotes are not sent; the report has the
+    run's command line.
     """
 
     def __init__(self, tracking: Tracking, run_dir: Path, config: dict[str, Any], tracking_id: str | None) -> None:
@@ -317,21 +320,26 @@ class Tracker:
         return self._id
 
     def log(self, row: dict[str, Any]) -> None:
-        """Send the numbers of one row, a list by layer as one number a layer."""
+        """Send one row: its numbers, and a list by layer as a histogram; of evaluations also each layer's number."""
         if self._run is not None:
             try:
-                self._run.log({"step": row["step"], **dict(_scalars(row))})
+                self._run.log({"step": row["step"], **_logged(row)})
             except Exception as error:  # as above
                 self._give_up(error)
 
-    def finish(self, images: dict[str, Path]) -> None:
-        """Send the plots, by name, and end the wandb run."""
+    def finish(self, files: Iterable[Path] = ()) -> None:
+        """Send what the report consists of (plots also as images), and end the wandb run."""
         if self._run is not None:
             try:
                 import wandb
 
-                if images:
-                    self._run.log({f"report/{name}": wandb.Image(str(path)) for name, path in images.items()})
+                if files := list(files):
+                    plots = [path for path in files if path.suffix == ".png"]
+                    self._run.log({f"report/{path.stem}": wandb.Image(str(path)) for path in plots})
+                    artifact = wandb.Artifact(f"report-{self._id}", type="report")
+                    for path in files:
+                        artifact.add_file(str(path), name=path.name)
+                    self._run.log_artifact(artifact)
                 self._run.finish()
                 self._run = None
             except Exception as error:  # as above
@@ -346,36 +354,77 @@ class Tracker:
 def _start_wandb(tracking: Tracking, run_dir: Path, config: dict[str, Any], tracking_id: str | None) -> Any:
     import wandb
 
-    if tracking.wandb is Wandb.online and not wandb.login(prompt=False, verify=False):  # a prompt would hold up a job
-        raise RuntimeError("not logged in: run `wandb login` or set WANDB_API_KEY, or choose tracking.wandb=offline")
     run_dir.mkdir(parents=True, exist_ok=True)
+    begin = partial(_init_wandb, tracking, run_dir, config, tracking_id)
+    kept = f"the run stays in {run_dir}/wandb, from where `wandb sync` sends it"
+    if tracking.wandb is Wandb.offline or os.environ.get("WANDB_MODE") == "offline":
+        return begin("offline")
+    if not wandb.login(prompt=False, verify=False):  # a prompt would hold up a job
+        if tracking.wandb is Wandb.online:
+            told = "run `wandb login` or set WANDB_API_KEY, or choose tracking.wandb=offline"
+            raise RuntimeError(f"not logged in: {told}")
+        print(f"wandb has no key: {kept}", file=sys.stderr)
+        return begin("offline")
+    try:
+        return begin("online")
+    except Exception as error:
+        if tracking.wandb is Wandb.online:
+            raise
+        wandb.teardown()  # else the run's id counts as in use
+        print(f"wandb cannot be reached ({(str(error).splitlines() or [''])[0]}): {kept}", file=sys.stderr)
+        return begin("offline")
+
+
+def _init_wandb(
+    tracking: Tracking,
+    run_dir: Path,
+    config: dict[str, Any],
+    tracking_id: str | None,
+    mode: Literal["online", "offline"],
+) -> Any:
+    import wandb
+
     run = wandb.init(
         project=redact(tracking.project),
         name=None if tracking.name is None else redact(tracking.name),
         id=tracking_id,
         resume="allow",
-        mode=tracking.wandb.value,
+        mode=mode,
         dir=str(run_dir),
         config=config,
         settings=wandb.Settings(
             console="off",
             save_code=False,
             disable_git=True,
-            quiet=True,
+            silent=True,  # it would write to stdout after the run's result
             x_disable_meta=True,
-            init_timeout=60,
+            init_timeout=WANDB_SECONDS,
             finish_timeout=300,
         ),
     )
+    if mode == "online":
+        print(f"wandb: {run.url}", file=sys.stderr)
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run
 
 
-def _scalars(row: dict[str, Any]) -> Iterable[tuple[str, float]]:
+def _logged(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as wandb takes it. Histograms of shares have the same bins at every step."""
+    import numpy as np
+    import wandb
+
     kind = f"evaluation_{row['model']}" if row.get("model") in AFTER_TRAINING else row["kind"]
+    sent: dict[str, Any] = {}
     for key, value in row.items():
-        if isinstance(value, list):
-            yield from ((f"{kind}_{key}/{layer:02d}", part) for layer, part in enumerate(value))
+        if isinstance(value, list) and key.endswith("_by_layer"):
+            known = [part for part in value if part is not None]
+            bounds = (0.0, 1.0) if key.startswith("sparsity") else None
+            sent[f"{kind}/{key}"] = wandb.Histogram(np_histogram=np.histogram(known, bins=32, range=bounds))
+            if row["kind"] == "evaluation":
+                sent |= {f"{kind}_{key}/{layer:02d}": part for layer, part in enumerate(value)}
+        elif isinstance(value, dict):
+            sent |= {f"{kind}/{key}_{part}": v for part, v in value.items() if isinstance(v, int | float)}
         elif isinstance(value, int | float) and key != "step":
-            yield f"{kind}/{key}", value
+            sent[f"{kind}/{key}"] = value
+    return sent

@@ -10,52 +10,40 @@ from dataclasses import replace
 from itertools import count, islice
 from math import isfinite
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from prosparse import checkpoint, controller, guard, schedule, shards
-from prosparse.allocation import fold, save_thresholds
+from prosparse import controller, guard, schedule, shards
+from prosparse.allocation import save_thresholds
 from prosparse.config import OnSpike, Train
 from prosparse.data import batch
+from prosparse.ending import end_training, evaluate, finish
 from prosparse.engine import accumulate, diagnose, less_memory, out_of_memory, set_rate
-from prosparse.evaluation import notes as task_notes
-from prosparse.exporters.hf import export_hf
-from prosparse.ffn import activation_of, neurons, set_penalty, substitute
+from prosparse.ffn import activation_of, neurons, substitute
 from prosparse.group import from_rank_zero, on_any_rank, patience, rank_and_world, shared, waiting
-from prosparse.models.formats import stock_config
-from prosparse.models.load import build_model, load_model
 from prosparse.penalty import PenaltyContext, mean_abs_by_layer, new_statistics, sparsity_by_layer
-from prosparse.reporting import fairness, table, task_results, write_report
 from prosparse.run import (
-    DTYPES,
     GB,
     Run,
     checkpoint_bytes,
     close,
     free_engine,
     go_back,
-    hold,
     load_teacher,
     open_run,
     start_model,
 )
-from prosparse.signals import Stopped, interruptible
-from prosparse.sparsity import measure, spread
+from prosparse.signals import Stopped
+from prosparse.sparsity import measure
 from prosparse.tasks import check_stop_rule, evaluate_tasks, judge
 from prosparse.telemetry import (
     Eta,
     Metrics,
-    command,
-    device_name,
     mfu,
     peak_memory,
     progress_line,
-    read_metrics,
     versions,
 )
-from prosparse.threshold import shift
 
 
 def train(config: Train) -> dict:
@@ -86,7 +74,7 @@ def _train(config: Train) -> dict:
             rewind(run)
         if run.stopped_by is not None or config.until not in (None, "shift"):
             if run.tracker is not None:
-                run.tracker.finish({})
+                run.tracker.finish()
             stage, why = schedule.stage_at(config.recipe, run.state.step).name, run.stopped_by
             asked = f": {why}; with evaluate.stop.metric=null" if why else f", as until={stage} asks; without it"
             run.say(f"stopped after stage {stage}{asked} the run goes on")
@@ -207,6 +195,7 @@ def train_stages(run: Run) -> bool:
             "l1_factor_mean": factor,
             "sparsity": sparsity,
             "target": goal,
+            "controller": {key: state.controller[key] for key in ("smoothed", "error", "slope")} if chain else None,
             "sparsity_by_layer": by_layer,
             "mean_abs_by_layer": magnitude,
             "lr": rate,
@@ -295,22 +284,6 @@ def start_steering(run: Run, context: PenaltyContext, chain: str) -> dict:
     return controller.begin(chain, before, chosen, slope)
 
 
-def evaluate(run: Run, name: str, model: PreTrainedModel | None = None) -> dict:
-    """Measure the run's model, or `model`, on its held-out rows (all ranks call it); log the row and return it."""
-    began, config, model = time.time(), run.config, model or run.engine.module
-    set_penalty(model, None)
-    indices = spread(len(run.held_out), config.evaluate.rows)
-    result = measure(model, run.held_out, batch=config.micro_batch, indices=indices, progress=run.poll)
-    row = {"kind": "evaluation", "model": name, "step": run.state.step, "split": "held_out", **result.to_dict()}
-    row["seconds"] = time.time() - began
-    run.log(row)
-    run.say(
-        f"held out  {name:<12} perplexity {result.perplexity:10.2f}  sparsity {result.sparsity:6.1%}  "
-        f"({result.tokens:,} tokens, {row['seconds']:.0f} s)"
-    )
-    return row
-
-
 def save(run: Run) -> None:
     """Write a checkpoint of the run's last step (all ranks call it); `commit` makes it visible.
 
@@ -373,7 +346,7 @@ def stop(run: Run, stopped: Stopped) -> None:
         commit(run)
     from_rank_zero(lambda: (run.folder / "STOP").unlink(missing_ok=True))
     if run.tracker is not None:
-        run.tracker.finish({})
+        run.tracker.finish()
     run.say(f"stopped after step {run.saved_step}: start it again with the same settings and it goes on")
 
 
@@ -401,93 +374,3 @@ def rewind(run: Run) -> None:
         run.metrics = Metrics(run.folder, run.state.step)
     # A later start, too, leaves out the windows of these rows.
     run.log({"kind": "rewind", "step": run.state.step, "from_step": spiked.step, "windows": sorted(bad)})
-
-
-def end_training(run: Run) -> None:
-    """After the last stage, before `recover`: evaluate and, if the recipe does, shift (all ranks call it)."""
-    config, recipe, state, model = run.config, run.config.recipe, run.state, run.engine.module
-    patience(config.timeouts.start_seconds)
-    evaluate(run, "trained")
-    if not schedule.shifts(recipe):
-        hold(run, {}, None)
-        return
-    unread = sum(schedule.window_rows(recipe, state.step, state.window - 1))
-    rows = [run.rows(state.step)[unread + i] for i in range(recipe.shift.calibration_rows)]
-    run.say(f"shifting the threshold on the {len(rows)} training rows after those that were read")
-    say = lambda point: run.say(str(point))  # noqa: E731
-    set_penalty(model, None)
-    shifted = shift(model, rows, recipe.shift, batch=config.micro_batch, report=say, progress=run.poll)
-    hold(run, shifted.to_dict(), shifted.thresholds)
-    evaluate(run, "shifted")
-
-
-def finish(run: Run) -> dict:
-    """After the last step: shift, export, report (all ranks call it)."""
-    config, recipe, state, model = run.config, run.config.recipe, run.state, run.engine.module
-    patience(config.timeouts.start_seconds)
-    if run.shifted is None:
-        end_training(run)
-    else:
-        evaluate(run, "recovered")
-    logged = from_rank_zero(lambda: read_metrics(run.folder))
-    models = {row["model"]: row for row in logged if row["kind"] == "evaluation" and row["model"] != "training"}
-    report: dict[str, Any] = {
-        "models": models,
-        "tokens_trained": state.tokens,
-        "steps": state.step,
-        "text": "held-out documents of " + ", ".join(f"{n} ({s.path})" for n, s in config.data.sources.items()),
-        "dtype": str(config.dtype),
-        "device": device_name(run.device, run.world),
-        "command": command(),
-        "control": str(recipe.control),
-        "versions": versions(),
-        "notes": [fairness(recipe.control)],
-    }
-    if "base" not in models:
-        report["notes"].append("base and substituted stand in the report of the run that this one went on from")
-    if schedule.steered(recipe, state.step):
-        report["notes"].append(controller.told(state.controller))
-    if run.shifted:
-        report["shift"] = run.shifted
-    if config.until != "shift":
-        activation, generation, target = activation_of(model), model.generation_config, run.folder / "model"
-        weights = checkpoint.gather(run.engine) if run.thresholds is None else {}
-        del model
-        run.held.close()
-        free_engine(run)
-        report["export"] = from_rank_zero(interruptible(lambda: export_run(run, weights, activation, generation)))
-        if run.thresholds is not None:
-            report["shift"] |= {"folded": report["export"]["folded"]}
-        del weights
-        exported = load_model(target, dtype=DTYPES[config.dtype], device=run.device)
-        models["exported"] = evaluate(run, "exported", exported)
-    if config.evaluate.tasks:
-        report["tasks"] = from_rank_zero(lambda: task_results(run.folder))
-        report["notes"] += task_notes(config.evaluate)
-    rows = from_rank_zero(lambda: read_metrics(run.folder))
-    spent = ("step_seconds", "seconds", "blocked_seconds")
-    report["seconds"] = sum(row.get(key, 0.0) for row in rows for key in spent)
-    folder = from_rank_zero(lambda: write_report(run.folder, report))
-    run.say(f"\n{table(report)}\n\nreport: {folder}")
-    if "export" in report:
-        run.say(f"model: {run.folder / 'model'}")
-    if run.tracker is not None:
-        run.tracker.finish({path.stem: path for path in sorted(folder.glob("*.png"))})
-    return report
-
-
-def export_run(run: Run, weights: dict[str, torch.Tensor], activation: tuple[str, float], generation: Any) -> dict:
-    """Write RUN/model (rank 0) from `weights`; where thresholds are to be folded, from the last fp32 weights."""
-    dtype, said = DTYPES[run.config.dtype], {}
-    if run.thresholds is not None:
-        own = run.folder / "checkpoints" / f"step-{run.state.step:08d}"
-        found = own if own.exists() or run.began_from is None else run.began_from
-        manifest = checkpoint.verify(found)
-        masters = shards.read_weights(checkpoint.rank_files(found, manifest), manifest["shapes"])
-        model = build_model(stock_config(run.base_config), masters, torch.float32)
-        substitute(model, *activation)
-        ids = batch(run.rows(run.state.step), [0]).input_ids
-        said = {"folded": fold(model, run.thresholds, token_ids=ids, dtype=dtype).to_dict()}
-        weights, activation = model.state_dict(), activation_of(model)
-    target = run.folder / "model"
-    return export_hf(weights, run.base_config, *activation, run.tokenizer, generation, target, dtype, said=said)

@@ -23,10 +23,10 @@ from prosparse.config import (
     Predict,
     Prepare,
     Reads,
+    Report,
     ShiftCheckpoint,
     Text,
     Train,
-    shift_of,
 )
 
 
@@ -119,8 +119,9 @@ def run_predict(config: Predict) -> dict:
 
 def run_shift(config: ShiftCheckpoint) -> dict:
     from prosparse.allocation import fold
+    from prosparse.card import checkpoint_card
     from prosparse.data import batch
-    from prosparse.exporters.hf import export_hf_model
+    from prosparse.exporters.hf import export_hf_model, put_card
     from prosparse.ffn import activation_of, substitute
     from prosparse.sparsity import measure, spread
     from prosparse.threshold import shift
@@ -130,25 +131,31 @@ def run_shift(config: ShiftCheckpoint) -> dict:
     rows = _rows(config, tokenizer, None)
     chosen = [rows[i] for i in spread(len(rows), config.calibration_rows)]
     report = lambda point: print(point, file=sys.stderr)  # noqa: E731
-    how = shift_of(config)
-    shifted = shift(model, chosen, how, batch=config.batch, report=report, progress=_bar("calibration"))
+    shifted = shift(model, chosen, config, batch=config.batch, report=report, progress=_bar("calibration"))
     said: dict = {}
     if shifted.thresholds is not None:  # folded from the most exact weights that the checkpoint has
         model, tokenizer = _open(config, Dtype.fp32)
         ids = batch(chosen, [0]).input_ids
         said["folded"] = fold(model, shifted.thresholds, token_ids=ids, dtype=_dtype(config.dtype)).to_dict()
-    result = export_hf_model(model, tokenizer, config.out, _dtype(config.dtype))
+    figure = {"model": "this model", "tokens": shifted.tokens, **_conditions(config, model)}
+    figure["text"] = f"{config.text} ({len(chosen)} calibration rows)"
+    card = partial(checkpoint_card, config.checkpoint)
+    export_hf_model(model, tokenizer, config.out, _dtype(config.dtype), card=card([]))
+    seen: Any = next(point for point in shifted.sweep if point.threshold == shifted.threshold)
     if shifted.thresholds is not None:
         model, _ = _open(replace(config, checkpoint=config.out, trust_remote_code=False))
         seen = measure(model, chosen, batch=config.batch, progress=_bar("as folded"))
         said["folded"] |= {"sparsity": seen.sparsity, "perplexity": seen.perplexity}
         print(f"as folded: sparsity {seen.sparsity:.1%}  perplexity {seen.perplexity:.3f}", file=sys.stderr)
+    figure |= {"sparsity": seen.sparsity, "perplexity": seen.perplexity}
+    result = put_card(config.out, card([figure]))
     result |= {"shift": shifted.to_dict() | said | {"text": config.text, **_conditions(config, model)}}
     _write_result(Path(config.out).expanduser(), result)  # over the export's own, which it contains
     return result
 
 
 def run_export(config: Export) -> dict:
+    from prosparse.card import checkpoint_card
     from prosparse.exporters.hf import export_hf_model
     from prosparse.exporters.vllm import export_vllm
 
@@ -160,13 +167,15 @@ def run_export(config: Export) -> dict:
         ExportFormat.hf: export_hf_model,
         ExportFormat.vllm: partial(export_vllm, plug_in=config.plug_in),
     }
-    result = exporters[config.format](model, tokenizer, config.out, _dtype(config.dtype))
+    card = checkpoint_card(config.checkpoint)
+    result = exporters[config.format](model, tokenizer, config.out, _dtype(config.dtype), card=card)
     if "serve" in result:
         print(result["serve"], file=sys.stderr)
     return result
 
 
 def _export_powerinfer(config: Export, model: Any, tokenizer: Any) -> dict:
+    from prosparse.card import checkpoint_card
     from prosparse.exporters.powerinfer import export_powerinfer
     from prosparse.sparsity import spread
 
@@ -178,6 +187,7 @@ def _export_powerinfer(config: Export, model: Any, tokenizer: Any) -> dict:
         "drop_threshold": config.drop_threshold,
         "rows": chosen,
         "text": config.text,
+        "card": checkpoint_card(config.checkpoint),
     }
     return export_powerinfer(model, tokenizer, config.predictors, config.out, **how, batch=config.batch)
 
@@ -240,6 +250,24 @@ def run_eval(config: Eval) -> dict:
     return result
 
 
+def run_report(config: Report) -> dict:
+    from prosparse.records import read_results, read_runs
+    from prosparse.reporting import plain, tables, write
+
+    records = read_runs(config.runs)
+    measured, evaluated = read_results(config.measures, records)
+    out = _claim(config.out) if config.out is not None else records[0].folder / "report"
+    assert out is not None
+    result = write(records, out, measured, evaluated)
+    for record in records:
+        if record.status == "not finished":
+            print(f"{record.name}: not finished, step {record.report['steps']} so far", file=sys.stderr)
+    print(f"\n{plain(tables(records, result)[0])}\n\nreport: {out / 'index.html'}", file=sys.stderr)
+    if result["problems"]:
+        raise OSError(f"the report in {out} is incomplete and says so: {'; '.join(result['problems'])}")
+    return result
+
+
 RUN: dict[str, Callable[[Any], dict]] = {
     "train": run_train,
     "prepare": run_prepare,
@@ -249,6 +277,7 @@ RUN: dict[str, Callable[[Any], dict]] = {
     "export": run_export,
     "generate": run_generate,
     "eval": run_eval,
+    "report": run_report,
 }
 
 

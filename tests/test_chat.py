@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from prosparse import data as module
 from prosparse.chat import COUNTS, TEMPLATES, chat_template, pack, tokenize
-from prosparse.config import Bos, Chat, Data, Source, Template
+from prosparse.config import Auto, Data, Source, Template
 from prosparse.data import Rows, batch, is_held_out, mixture, prepare
 from prosparse.generation import _encode
 from prosparse.sources import documents
@@ -112,10 +112,10 @@ BRACKETS = (  # renders BOS itself
         ),
         (
             ["ab", "c"],  # a template of the tokenizer's own says itself where BOS stands
-            {"template": Template.auto, "bos": Bos.none},
+            {"template": Template.auto, "bos": Auto.none},
             [("<s>[user]ab[assistant]", False), ("c</s>", True)],
         ),
-        (["ab", "c"], {"template": Template.minicpm, "bos": Bos.none}, [("<用户>ab<AI>", False), ("c</s>", True)]),
+        (["ab", "c"], {"template": Template.minicpm, "bos": Auto.none}, [("<用户>ab<AI>", False), ("c</s>", True)]),
     ],
 )
 def test_labels_are_on_answers_and_the_end_only(make_data, said, settings, written_out):
@@ -134,7 +134,7 @@ def test_an_answer_that_ends_with_eos_ends_there(make_data):
 
 def test_the_first_token_of_a_document_has_no_label_for_it_would_be_predicted_from_another_one(make_data):
     tokenizer = characters(template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
-    data = make_data([{"messages": chat("", "abc")}], template=Template.auto, bos=Bos.none)
+    data = make_data([{"messages": chat("", "abc")}], template=Template.auto, bos=Auto.none)
     (row,) = everything(data, tokenizer)
     assert spans(row, tokenizer) == [("a", False), ("bc</s>", True)]
 
@@ -193,10 +193,10 @@ def test_every_prompt_of_a_row_has_the_tokens_of_inference(kind, template):
     tokenizer = trained(kind)
     named = isinstance(template, Template)
     tokenizer.chat_template = None if named else template
-    tokenizer.chat_template = chat_template(tokenizer, template if named else Template.auto, Bos.auto)
+    tokenizer.chat_template = chat_template(tokenizer, template if named else Template.auto, Auto.auto)
     ids, labels = tokenize(tokenizer, tokenizer.chat_template, json.dumps(chat(*SAID)), tokenizer.eos_token_id)
     for k in (1, 3, 5):
-        prompt = _encode(tokenizer, chat(*SAID)[:k], Chat.auto)
+        prompt = _encode(tokenizer, chat(*SAID)[:k], Auto.auto)
         assert ids[: len(prompt)] == prompt and labels[len(prompt) - 1] == -100 != labels[len(prompt)]
     assert ids.count(tokenizer.bos_token_id) == (template != PLAIN)
     learned = [list(group) for is_label, group in groupby(labels, key=lambda label: label != -100) if is_label]
@@ -219,9 +219,9 @@ def test_a_token_over_the_end_of_a_prompt_is_cut_as_at_inference():
 def test_a_named_template_renders_bos_once(bos, begins):
     tokenizer = characters()
     tokenizer.bos_token = bos
-    template = chat_template(tokenizer, Template.chatml, Bos.auto)
+    template = chat_template(tokenizer, Template.chatml, Auto.auto)
     assert tokenizer.apply_chat_template(chat("a"), chat_template=template, tokenize=False).startswith(begins)
-    assert chat_template(tokenizer, Template.chatml, Bos.none) == TEMPLATES[Template.chatml]
+    assert chat_template(tokenizer, Template.chatml, Auto.none) == TEMPLATES[Template.chatml]
 
 
 # --- packing ----------------------------------------------------------------------------------------------------------

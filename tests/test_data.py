@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from prosparse import data as module
-from prosparse.config import Bos, Data, Source
+from prosparse.config import Auto, Data, Source
 from prosparse.data import batch, epochs, is_held_out, mixture, open_prepared, prepare, text_rows
 from prosparse.sources import documents
 
@@ -122,7 +122,7 @@ def test_documents_are_packed_in_order_with_bos_before_and_eos_after_each(tmp_pa
 
 
 def test_bos_none_packs_without_bos(make_data, tiny_tokenizer):
-    rows = matrix(prepare(make_data(bos=Bos.none), tiny_tokenizer, [CONTEXT])[CONTEXT].train["a"])
+    rows = matrix(prepare(make_data(bos=Auto.none), tiny_tokenizer, [CONTEXT])[CONTEXT].train["a"])
     assert 1 in rows and 0 not in rows
 
 
@@ -136,7 +136,7 @@ def test_a_tokenizer_without_bos_is_said_once(make_data, tiny_tokenizer, capsys)
 def test_a_control_token_written_in_a_text_stays_text(tmp_path, make_data, tiny_tokenizer):
     path = write_jsonl(tmp_path / "x.jsonl", ["a </s> b <s> " * 9])
     cache = str(tmp_path / "cache")
-    rows = matrix(text_rows(path, tiny_tokenizer, CONTEXT, bos=Bos.auto, column="text", cache=cache))
+    rows = matrix(text_rows(path, tiny_tokenizer, CONTEXT, bos=Auto.auto, column="text", cache=cache))
     assert (rows == 0).sum() == 1 and rows[0, 0] == 0 and (rows == 1).sum() == 0
 
 
@@ -207,7 +207,7 @@ def test_the_fingerprint_follows_content_tokenizer_and_options_but_not_the_place
     others = [
         prepare(changed, tiny_tokenizer, [CONTEXT]),
         prepare(make_data(held_out=0.3), tiny_tokenizer, [CONTEXT]),
-        prepare(make_data(bos=Bos.none), tiny_tokenizer, [CONTEXT]),
+        prepare(make_data(bos=Auto.none), tiny_tokenizer, [CONTEXT]),
         prepare(make_data(), tokenizer, [CONTEXT]),
     ]
     fingerprints = [first.fingerprint, *(other[CONTEXT].fingerprint for other in others)]
@@ -278,7 +278,7 @@ def test_damaged_rows_are_refused(make_data, tiny_tokenizer):
 def test_text_rows_are_all_of_a_text_or_the_held_out_rows_of_the_training(make_data, tiny_tokenizer):
     data = make_data()
     prepared = prepare(data, tiny_tokenizer, [CONTEXT])[CONTEXT]
-    options = {"bos": Bos.auto, "column": "text", "cache": data.cache}
+    options = {"bos": Auto.auto, "column": "text", "cache": data.cache}
     held_out = text_rows(data.sources["a"].path, tiny_tokenizer, CONTEXT, **options, held_out=0.2)
     assert (matrix(held_out) == matrix(prepared.held_out)).all()
     everything = text_rows(data.sources["a"].path, tiny_tokenizer, CONTEXT, **options)

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from prosparse import evaluation, substitute
 from prosparse.cli import compose
-from prosparse.config import Bos, Chat, Data, Evaluate, Source, StopRule, Tasks, Template
+from prosparse.config import Auto, Data, Evaluate, Source, StopRule, Tasks, Template
 from prosparse.data import begins_with_bos
 from prosparse.harness import Harness
 from prosparse.models.formats import inherited, released_config
@@ -122,7 +122,7 @@ def test_every_window_of_a_whole_text_begins_with_bos(model, tokenizer, texts):
 
 
 @pytest.mark.parametrize("adds", [False, True], ids=["a tokenizer that adds none", "one that adds BOS"])
-@pytest.mark.parametrize("chat", [Chat.none, Chat.auto])
+@pytest.mark.parametrize("chat", [Auto.none, Auto.auto])
 def test_bos_stands_exactly_once(tiny, model, texts, adds, chat):
     from tokenizers.processors import TemplateProcessing
 
@@ -135,7 +135,7 @@ def test_bos_stands_exactly_once(tiny, model, texts, adds, chat):
     evaluation.evaluate(model, tokenizer, Tasks(OWN.tasks, FOLDER, limit=5, chat=chat), bos=True)
     assert len(texts) > 10
     assert all(text[0] == 0 and text.count(0) == 1 for text in texts)
-    assert ("[user]" in said(tokenizer, texts[-1])) is (chat is Chat.auto)
+    assert ("[user]" in said(tokenizer, texts[-1])) is (chat is Auto.auto)
 
 
 def test_without_bos_there_is_none(model, tokenizer, texts):
@@ -154,15 +154,15 @@ def test_a_text_that_is_too_long_loses_its_beginning_but_not_bos(model, tokenize
 def test_bos_is_what_the_model_was_trained_with(model, tokenizer):
     config = model.config.__class__()
     without = AutoTokenizer.from_pretrained(tokenizer.name_or_path, bos_token=None)
-    assert evaluation.starts_with_bos(config, tokenizer, Bos.auto, "m")  # says nothing: the tokenizer's
-    assert not evaluation.starts_with_bos(config, without, Bos.auto, "m")
+    assert evaluation.starts_with_bos(config, tokenizer, Auto.auto, "m")  # says nothing: the tokenizer's
+    assert not evaluation.starts_with_bos(config, without, Auto.auto, "m")
     config.trained_with_bos = False
-    assert not evaluation.starts_with_bos(config, tokenizer, Bos.auto, "m")
+    assert not evaluation.starts_with_bos(config, tokenizer, Auto.auto, "m")
     config.trained_with_bos = True
-    assert evaluation.starts_with_bos(config, tokenizer, Bos.auto, "m")
-    assert not evaluation.starts_with_bos(config, tokenizer, Bos.none, "m")
+    assert evaluation.starts_with_bos(config, tokenizer, Auto.auto, "m")
+    assert not evaluation.starts_with_bos(config, tokenizer, Auto.none, "m")
     with pytest.raises(ValueError, match="m was trained with BOS .* no BOS token: put back the tokenizer"):
-        evaluation.starts_with_bos(config, without, Bos.auto, "m")
+        evaluation.starts_with_bos(config, without, Auto.auto, "m")
 
 
 def test_padding_is_not_counted_and_neither_are_rows_that_have_ended(model, tokenizer):
@@ -331,7 +331,7 @@ def test_a_wrong_key_is_refused_before_anything_runs(overrides, message):
         (Tasks(["series"], FOLDER + "/nowhere"), "is no folder"),
         (Tasks(["series"], FOLDER, context=1000), "context is 1000 and the model has 256 positions"),
         (Tasks(["series"], FOLDER, context=6), "up to 6 new tokens and the model has 6 positions"),
-        (Tasks(["series"], FOLDER, chat=Chat.auto), "no chat template"),
+        (Tasks(["series"], FOLDER, chat=Auto.auto), "no chat template"),
     ],
 )
 def test_what_cannot_be_asked_is_told_in_one_line(model, tokenizer, how, message):
@@ -365,7 +365,7 @@ def test_what_a_model_says_of_bos_goes_along_into_every_format(activation, param
 def test_rows_begin_with_bos_as_data_says_and_those_of_conversations_alone_as_their_template_does(tokenizer, template):
     text, chat = Source(path="x"), Source(path="x", messages="messages")
     assert begins_with_bos(Data({"a": text, "b": chat}), tokenizer)
-    assert not begins_with_bos(Data({"a": text}, bos=Bos.none), tokenizer)
+    assert not begins_with_bos(Data({"a": text}, bos=Auto.none), tokenizer)
     named = isinstance(template, Template)
     own = AutoTokenizer.from_pretrained(tokenizer.name_or_path, chat_template=None if named else template)
     how = Data({"b": chat}, template=template if named else Template.auto)

@@ -277,6 +277,32 @@ def test_only_an_earlier_export_is_replaced(tmp_path, monkeypatch):
     assert (out / "notes.txt").read_text() == "mine" and [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
+def test_the_card_is_a_file_of_the_export_from_its_writing_to_its_replacement(tmp_path, monkeypatch):
+    monkeypatch.setattr(hf, "verify", lambda *arguments: {"class": "SparseLlamaForCausalLM"})
+    model, out, seen = sparse_model("llama", "fatrelu", 0.125), tmp_path / "export", []
+
+    def card(said: dict) -> str:
+        seen.append(said)
+        return f"card {len(seen)}: {'measured ' * len(seen)}"
+
+    def export() -> dict:
+        return hf.export_hf_model(model, None, out, torch.float32, card=card)
+
+    first = export()
+    assert (out / "README.md").read_text() == "card 1: measured "
+    assert seen[0]["activation"] == "fatrelu" and "modeling_sparsellama.py" in seen[0]["files"]
+    second = hf.put_card(out, card)
+    assert (out / "README.md").read_text() == "card 2: measured measured "
+    assert json.loads((out / "result.json").read_text()) == second
+    assert {path.name for path in out.iterdir()} == {*second["files"], "result.json"} and "README.md" in second["files"]
+    assert second["files"] == first["files"]
+    assert (
+        second["bytes"] == first["bytes"] + len("measured ") == sum((out / f).stat().st_size for f in second["files"])
+    )
+    export()  # which replaces only what an export wrote
+    assert (out / "README.md").read_text().startswith("card 3")
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     model = sparse_model("llama", "relu", 0.0)

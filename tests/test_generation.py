@@ -22,7 +22,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from prosparse.cli import compose, main
-from prosparse.config import Chat
+from prosparse.config import Auto
 from prosparse.generation import generate
 
 CHATML = (
@@ -116,7 +116,7 @@ def test_bos_and_eos():
 def test_the_template_decides_about_its_own_text():
     turn = say(base_model("llama"), words(CHATML))
     assert turn.prompt_tokens == 5 + 5  # <|im_start|> user ... <|im_end|> <|im_start|> assistant
-    assert say(base_model("llama"), words(CHATML), chat=Chat.none).prompt_tokens == 6
+    assert say(base_model("llama"), words(CHATML), chat=Auto.none).prompt_tokens == 6
     system = [{"role": "system", "content": "w03"}, {"role": "user", "content": "w04"}]
     with pytest.raises(ValueError, match="template refuses the messages: no system here"):
         generate(base_model("llama"), words(CHATML), system)

@@ -12,10 +12,11 @@ FLOORS = [
     {"ffn", "chat", "sources"},
     {"models", "data"},
     {"sparsity", "activity"},
-    {"allocation", "threshold", "predictor", "vllm_plugin", "distillation", "telemetry", "reporting", "generation"},
+    {"allocation", "threshold", "predictor", "vllm_plugin", "distillation", "telemetry", "generation"},
+    {"records", "card", "page", "plotting", "reporting"},
     {"exporters", "evaluation", "harness"},
     {"engine"},
-    {"run", "tasks", "trainer"},
+    {"run", "tasks", "ending", "trainer"},
     {"verbs"},
     {"cli"},
 ]

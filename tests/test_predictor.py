@@ -13,7 +13,7 @@ from test_models import base_model
 
 from prosparse.activity import hot
 from prosparse.cli import main
-from prosparse.config import Bos, Predict
+from prosparse.config import Auto, Predict
 from prosparse.data import text_splits
 from prosparse.ffn import substitute
 from prosparse.models.load import load_model, load_tokenizer
@@ -89,7 +89,7 @@ def test_the_folder_is_what_powerinfer_reads_and_nothing_else(made):
 
 def splits(small):
     tokenizer = load_tokenizer(small["model"])
-    options = {"bos": Bos.auto, "column": "text", "cache": str(small["cache"]), "held_out": 0.2}
+    options = {"bos": Auto.auto, "column": "text", "cache": str(small["cache"]), "held_out": 0.2}
     return tokenizer, text_splits(str(small["text"]), tokenizer, 32, **options)
 
 

@@ -1,69 +1,59 @@
+"""What is said of runs is what was measured, side by side only where that is fair, and marked where it is not whole."""
+
+import base64
 import json
+import re
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
-from prosparse.reporting import table, write_report
-from prosparse.telemetry import Metrics
+from prosparse import plotting
+from prosparse.cli import compose, main
+from prosparse.records import differences, read_results, read_run, read_runs, stages
+from prosparse.reporting import compare, plain, table, tables, write, write_report
+from runs import SOURCE, a_measurement, a_report, a_run, an_evaluation, model
 
 
-def model(perplexity, sparsity):
-    by_layer = [sparsity - 0.05, sparsity + 0.05]
-    return {"perplexity": perplexity, "sparsity": sparsity, "sparsity_by_layer": by_layer, "tokens": 32768}
+@pytest.fixture(autouse=True)
+def small_pictures(monkeypatch):
+    monkeypatch.setattr(plotting, "DOTS_PER_INCH", 40)
 
 
 @pytest.fixture
 def report():
-    sweep = [(0.02, 0.74, 20.2), (0.01, 0.72, 20.1), (0.08, 0.9, float("inf"))]
-    return {
-        "models": {
-            "base": model(20.0, 0.05),
-            "substituted": model(4000.0, 0.5),
-            "trained": model(21.0, 0.712),
-            "shifted": model(22.0, 0.7345),
-            "exported": model(22.0, 0.7345),
-        },
-        "tokens_trained": 1_228_800,
-        "seconds": 490.2,
-        "text": "stdlib, held out",
-        "device": "cpu",
-        "dtype": "bf16",
-        "command": "prosparse train",
-        "notes": ["made for a test"],
-        "control": "none",
-        "shift": {
-            "threshold": 0.02,
-            "budget": 0.01,
-            "sweep": [{"threshold": t, "sparsity": s, "perplexity": p} for t, s, p in sweep],
-        },
-    }
+    return a_report()
 
 
 @pytest.fixture
 def run_dir(tmp_path):
-    metrics = Metrics(tmp_path, -1)
-    metrics.append({"kind": "evaluation", "step": 0, "loss": 3.5, "sparsity": 0.5})
-    for step in range(1, 13):
-        stage = ("substitution", "rise", "settle")[(step - 1) // 4]
-        loss = None if step == 5 else 5 - step / 10
-        row = {"kind": "train", "step": step, "stage": stage, "loss": loss, "l1_factor": step / 10, "lr": 3e-4}
-        metrics.append(row | {"sparsity": step / 20})
-    metrics.append({"kind": "evaluation", "step": 12, "loss": 3.8, "sparsity": 0.6})
-    return tmp_path
+    return a_run(tmp_path / "demo")
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_report_is_strict_json_and_three_plots(run_dir, report):
+def cells(rows, *keys):
+    return [tuple(row[key] for key in keys) for row in rows]
+
+
+# --- the report of one training ---------------------------------------------------------------------------------------
+
+FILES = ["README.md", "frontier.png", "index.html", "layers.png", "report.json", "shift.png", "training.png"]
+
+
+def test_a_report_is_strict_json_a_page_a_card_and_four_plots(run_dir, report, monkeypatch):
+    monkeypatch.setattr(plotting, "DOTS_PER_INCH", 130)
     folder = write_report(run_dir, report)
     assert folder == run_dir / "report"
-    assert names(folder) == ["layers.png", "report.json", "shift.png", "training.png"]
+    assert names(folder) == FILES
     written = json.loads((folder / "report.json").read_text(), parse_constant=pytest.fail)
     assert written["models"] == report["models"]
     assert written["shift"]["sweep"][2]["perplexity"] is None
+    assert sorted(written["files"]) == FILES
     for path in folder.glob("*.png"):
         image = imread(path)
         assert min(image.shape[:2]) > 500
@@ -73,21 +63,21 @@ def test_a_report_is_strict_json_and_three_plots(run_dir, report):
 def test_a_run_that_stopped_early_has_the_plots_of_its_data_and_none_of_an_earlier_report(run_dir, report):
     write_report(run_dir, report)
     (run_dir / "metrics.jsonl").unlink()
-    del report["shift"]
+    del report["shift"], report["export"]
     for name in ("substituted", "trained", "shifted", "exported"):
         del report["models"][name]
-    assert names(write_report(run_dir, report)) == ["layers.png", "report.json"]
-    report["models"]["base"]["sparsity_by_layer"] = None
-    assert names(write_report(run_dir, report)) == ["report.json"]
+    assert names(write_report(run_dir, report)) == ["frontier.png", "index.html", "layers.png", "report.json"]
+    report["models"]["base"] |= {"sparsity_by_layer": None, "perplexity": None}
+    assert names(write_report(run_dir, report)) == ["index.html", "report.json"]
 
 
 def test_the_table_shows_every_model_present_with_its_conditions(report):
+    report["tokens_trained"] = 1_228_800
     text = table(report)
     caption, trained, *rest = text.splitlines()
-    assert caption == "stdlib, held out, 32,768 tokens measured, bf16, cpu"
+    assert caption == "stdlib, held out, 32,768 tokens measured, bf16, 2 CPU ranks"
     assert trained == "trained on 1,228,800 tokens in 8 min 10 s"
-    cells = [line.split() for line in rest if line.split(" ")[0] in report["models"]]
-    assert cells == [
+    assert [line.split() for line in rest if line.split(" ")[0] in report["models"]] == [
         ["base", "20.000", "1.0000", "5.00", "%", "-"],
         ["substituted", "4000.000", "200.0000", "50.00", "%", "-"],
         ["trained", "21.000", "1.0500", "71.20", "%", "-"],
@@ -104,3 +94,241 @@ def test_the_table_of_a_control_names_it_and_leaves_out_what_is_missing(report):
     assert "control: silu_continued" in text
     assert "1,024 to 32,768 tokens measured" in text
     assert text.splitlines()[-1].split() == ["trained", "-", "-", "6.00", "%", "-"]
+
+
+def test_a_report_of_a_report_says_the_same(run_dir):
+    first = write(read_runs([str(run_dir)]), run_dir / "report")
+    assert write(read_runs([str(run_dir)]), run_dir / "report") == first
+
+
+def test_a_stage_has_the_factor_step_and_tokens_that_it_reached(run_dir):
+    keys = ("stage", "l1_factor", "last_step", "tokens")
+    assert cells(stages(read_run(run_dir)), *keys) == [
+        ("substitution", 4 / 24, 4, 4096),
+        ("rise", 8 / 24, 8, 4096),
+        ("settle", 12 / 24, 12, 4096),
+    ]
+
+
+# --- several runs -----------------------------------------------------------------------------------------------------
+
+
+def test_a_ratio_to_the_control_stands_only_where_tokens_text_and_seed_are_equal(tmp_path):
+    folders = [
+        a_run(tmp_path / "sparse"),
+        a_run(tmp_path / "silu", control="silu_continued"),
+        a_run(tmp_path / "longer", tokens=24576),
+        a_run(tmp_path / "other_text", digest="b"),
+        a_run(tmp_path / "other_seed", seed=1),
+    ]
+    records = read_runs([str(folder) for folder in folders])
+    rows, notes = compare(records)
+    assert cells([row for row in rows if row["x_control"] is not None], "run", "model", "x_control") == [
+        ("sparse", "trained", 21 / 16),
+        ("sparse", "shifted", 22 / 16),
+        ("sparse", "exported", 22 / 16),
+        ("silu", "trained", 1.0),
+    ]
+    assert [row["run"] for row in rows if row["model"] == "base"] == [None]  # the same base once
+    assert notes == [
+        "longer is not matched with silu: tokens trained 24,576 and 12,288",
+        "other_text is not matched with silu: other rows of text (digests differ)",
+        "other_seed is not matched with silu: seed 1 and 0",
+    ]
+    assert all(
+        note in (tmp_path / "out" / "index.html").read_text() for note in notes if write(records, tmp_path / "out")
+    )
+
+
+def test_without_a_control_the_table_says_that_the_cost_is_not_told_and_what_differs(tmp_path):
+    records = [read_run(a_run(tmp_path / "a")), read_run(a_run(tmp_path / "b", tokens=6144))]
+    rows, notes = compare(records)
+    assert {row["x_control"] for row in rows} == {None}
+    assert "no silu_continued run" in notes[0]
+    assert notes[1] == "b is not matched with a: tokens trained 6,144 and 12,288"
+
+
+def test_without_digests_texts_are_compared_by_their_keys_and_that_is_said(tmp_path):
+    a, b = (
+        read_run(a_run(tmp_path / name, control=c, digest=None)) for name, c in (("a", "none"), ("b", "silu_continued"))
+    )
+    a.report["rows_digest"] = None
+    assert differences(a, b) == []
+    assert "by its path" in compare([a, b])[1][0]
+    b.config["data"]["sources"]["code"]["path"] = "corpus"
+    assert differences(a, b) == ["data.sources.code.path stdlib and corpus"]
+
+
+def test_measurements_and_evaluations_stand_beside_their_runs_and_the_base(tmp_path):
+    sparse, silu = a_run(tmp_path / "sparse"), a_run(tmp_path / "silu", control="silu_continued")
+    records = read_runs([str(sparse), str(silu)])
+    paths = [
+        a_measurement(tmp_path / "m1", "runs/sparse", 24.0, 0.7),
+        a_measurement(tmp_path / "m2", str(silu / "model"), 18.0, 0.0),
+        a_measurement(tmp_path / "m3", SOURCE, 20.0, 0.0),
+        a_measurement(tmp_path / "m4", f"{sparse}/checkpoints/step-00000008", 30.0, 0.6),
+        an_evaluation(tmp_path / "e", "runs/sparse/model", complete=False),
+    ]
+    measured, evaluated = read_results([str(path) for path in paths], records)
+    rows, _ = compare(records, measured)
+    keys = ("run", "model", "tokens_trained", "x_base", "x_control")
+    assert cells(rows[-4:], *keys) == [
+        ("sparse", "exported (measured)", 12288, 24 / 20, 24 / 18),
+        ("silu", "exported (measured)", 12288, 18 / 20, 1.0),
+        (None, "base (measured)", None, 1.0, None),
+        ("sparse", "step 8 (measured)", 8192, 30 / 20, None),
+    ]
+    result = write(records, tmp_path / "out", measured, evaluated)
+    assert {"texts.png", "top_k.png", "union.png"} <= set(result["files"])
+    told = {made.title: plain(made) for made in tables(records, result)}
+    assert "measured b: 32,768 tokens, code (stdlib), held-out 2 %; wiki (wiki.txt), bf16, cpu" in told["Models"]
+    assert re.search(r"sparse, exported +wiki +16,384 +70.00 % +25.000 +290.5", told["Measurements by text"])
+    assert re.search(r"sparse, exported +code +16,384 +1 % +0.13 +85.00 %", told["CETT-PPL"])
+    assert re.search(r"arc_easy +acc +0.3125", told["Tasks"]) and "incomplete, not all was run" in told["Tasks"]
+
+
+@pytest.mark.parametrize("number", [1, 3, 9])
+def test_legends_lie_within_their_figures_and_no_label_on_another(tmp_path, number):
+    folders = [a_run(tmp_path / f"a_run_of_{i}", "silu_continued" if i == 1 else "none") for i in range(number)]
+    records = read_runs([str(folder) for folder in folders])
+    paths = [a_measurement(tmp_path / f"m{i}", str(folder), 20.0, 0.7) for i, folder in enumerate(folders)]
+    measured, _ = read_results([str(path) for path in paths], records)
+    drawn = [draw(records) for draw in (plotting.training, plotting.frontier, plotting.layers, plotting.shift)]
+    drawn += [draw(measured) for draw in (plotting.texts, plotting.top_k, plotting.union)]
+    for figure in drawn:
+        FigureCanvasAgg(figure).draw()
+        panels = [axes.get_tightbbox() for axes in figure.axes]
+        boxes = panels + [legend.get_window_extent() for legend in figure.legends]
+        for box in boxes:
+            assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 + 1
+            assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1 + 1
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+        for legend in figure.legends:
+            texts = [text.get_window_extent() for text in legend.get_texts()]
+            assert not any(a.padded(-2).overlaps(b.padded(-2)) for i, a in enumerate(texts) for b in texts[:i])
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+class Links(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.addresses, self.open = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [value for key, value in attributes if key in ("src", "href", "srcset", "action", "data")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_stands_alone_with_every_picture_and_its_conditions(run_dir, report):
+    report["text"] = "<stdlib> & more"
+    folder = write_report(run_dir, report)
+    text = (folder / "index.html").read_text()
+    page = Links(text)
+    assert page.open == [] and not {"script", "link", "iframe"} & set(page.tags)
+    assert not re.search(r"url\(|@import|https?://", text)
+    pictures = [
+        base64.b64decode(address.removeprefix("data:image/png;base64,"), validate=True) for address in page.addresses
+    ]
+    assert pictures == [
+        (folder / name).read_bytes() for name in ("frontier.png", "training.png", "layers.png", "shift.png")
+    ]
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", text, re.DOTALL)
+    assert len(captions) == 4
+    for caption in captions:
+        for part in ("tokens", "bf16", "2 CPU ranks", "<code>prosparse train experiment=demo</code>"):
+            assert part in caption
+    assert "&lt;stdlib&gt; &amp; more" in text and "<stdlib>" not in text
+
+
+# --- what is not whole ------------------------------------------------------------------------------------------------
+
+
+def damage(run_dir, how):
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    if how == "a broken line":
+        lines[6] = lines[6][:20] + "\n"
+    elif how == "half of the file":
+        lines = [*lines[:8], lines[8][:30]]
+    elif how == "nothing left":
+        lines = []
+    elif how == "a row without its keys":
+        lines[6] = '{"kind": "train"}\n'
+    path.write_text("".join(lines))
+    if how == "no metrics":
+        path.unlink()
+    elif how == "no config":
+        (run_dir / "config.yaml").write_text("a: [")
+    elif how == "a broken report":
+        (run_dir / "report" / "report.json").write_text('{"models": {')
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("a broken line", "line 7 is not JSON"),
+        ("half of the file", "lacks 6 of 12 steps (7 to 12)"),
+        ("nothing left", "lacks 12 of 12 steps"),
+        ("no metrics", "lacks 12 of 12 steps"),
+        ("a row without its keys", "1 lines lack keys"),
+        ("no config", "config.yaml cannot be read"),
+        ("a broken report", "report.json could not be read"),
+    ],
+)
+def test_a_damaged_run_is_shown_as_far_as_it_goes_and_marked_each_time(run_dir, capsys, how, told):
+    damage(run_dir, how)
+    for _ in range(2 if how == "a broken report" else 1):  # the first must not hide the damage from the second
+        assert main(["report", f"runs=[{run_dir}]"]) == 1
+        assert told in capsys.readouterr().err.splitlines()[-1]
+        result = json.loads((run_dir / "report" / "report.json").read_text())
+        assert result["incomplete"] and told in result["problems"][0] + result["problems"][-1]
+        assert result["models"]["base"]["perplexity"] == 20.0 if how != "nothing left" else True
+        page = (run_dir / "report" / "index.html").read_text()
+        assert '<div class="warning"><strong>demo: incomplete</strong>' in page and told in page
+        assert any(row["status"] == "incomplete" for row in result["table"])
+
+
+def test_a_run_that_has_not_ended_is_shown_and_marked(tmp_path, capsys):
+    folder = a_run(tmp_path / "demo", ended=False)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "tra')  # being written
+    for _ in range(2):
+        assert main(["report", f"runs=[{folder}]"]) == 0
+        said = capsys.readouterr()
+        result = json.loads(said.out.splitlines()[-1])
+        assert (result["finished"], result["incomplete"]) == (False, False)
+        assert cells(result["table"], "model", "tokens_trained")[-1] == ("training", 12288)
+        assert "not finished, step 12 so far" in said.err
+        assert "demo: not finished" in (folder / "report" / "index.html").read_text()
+        assert not (folder / "report" / "README.md").exists()
+
+
+def test_what_cannot_be_reported_is_one_line_and_writes_nothing(tmp_path, run_dir, capsys):
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "out"
+    for arguments, told in [
+        ([f"runs=[{run_dir},{tmp_path}/empty]", f"out={out}"], "is no run folder (it has neither"),
+        ([f"runs={tmp_path}/nowhere", f"out={out}"], "is no run folder (there is no such folder)"),
+        ([f"runs=[{run_dir},{run_dir}]", f"out={out}"], "is named twice"),
+        ([f"runs=[{run_dir},x]"], "out is missing"),
+        (["runs=[]"], "runs is empty"),
+        ([f"runs={run_dir}", f"measures=[{tmp_path}/empty]", f"out={out}"], "No such file"),
+        ([f"runs={run_dir}", f"measures=[{run_dir}/report/report.json]", f"out={out}"], "no result of a verb"),
+    ]:
+        assert main(["report", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert told in error and error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_paths_are_taken_as_they_are():
+    config = compose("report", ["runs=[runs/a b,~/x=1,it's]", "measures=m/1", "out=o p"])
+    assert (config.runs, config.measures, config.out) == (["runs/a b", "~/x=1", "it's"], ["m/1"], "o p")

@@ -2,9 +2,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from math import inf, nan
 
 import pytest
+from matplotlib.figure import Figure
 
 from prosparse.cli import compose
 from prosparse.config import Tracking, Wandb
@@ -158,7 +160,7 @@ def test_disabled_tracking_never_imports_wandb():
     code = (
         "import sys; from prosparse.config import Tracking; from prosparse.telemetry import Tracker\n"
         "tracker = Tracker(Tracking(), 'nowhere', {}, 'an-id'); tracker.log({'kind': 'train', 'step': 1}); "
-        "tracker.finish({})\n"
+        "tracker.finish()\n"
         "assert tracker.id is None and 'wandb' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -173,14 +175,24 @@ def test_an_offline_run_keeps_its_id_and_its_files_over_a_resume(tmp_path, capfd
     if first.id is None:
         pytest.skip(f"wandb does not start here: {capfd.readouterr().err}")
     first.log(TRAIN)
-    first.finish({})
+    first.finish()
     second = Tracker(tracking, run_dir, {"seed": 0}, first.id)
     second.log(TRAIN | {"step": 43})
     second.log(EVALUATION | {"step": 43})
-    second.finish({})
+    files = []
+    for name in ("report.json", "README.md", "layers.png"):
+        files.append(tmp_path / name)
+        Figure().savefig(files[-1]) if name.endswith("png") else files[-1].write_text("{}")
+    second.finish(files)
     assert second.id == first.id
     assert "goes on without wandb" not in capfd.readouterr().err
-    assert len(list(run_dir.glob(f"wandb/offline-run-*/run-{first.id}.wandb"))) == 2
+    runs = list(run_dir.glob(f"wandb/offline-run-*/run-{first.id}.wandb"))
+    assert len(runs) == 2
+    assert list(run_dir.rglob("layers_*.png"))  # the plot
+    wanted, deadline = (f"report-{first.id}".encode(), b"README.md", b"histogram"), time.monotonic() + 20
+    while not all(any(part in run.read_bytes() for run in runs) for part in wanted):  # wandb writes on for a moment
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 class BrokenRun:
@@ -195,14 +207,27 @@ class BrokenRun:
         self.rows.append(row)
 
 
-def test_a_row_becomes_numbers_under_its_kind_with_the_step_as_axis(monkeypatch):
+def test_a_row_becomes_numbers_and_histograms_by_layer_under_its_kind_with_the_step_as_axis(monkeypatch):
     run = BrokenRun()
     monkeypatch.setattr("prosparse.telemetry._start_wandb", lambda *_: run)
-    Tracker(Tracking(wandb=Wandb.online), ".", {}, None).log(TRAIN)
-    assert run.rows[0]["step"] == 42
-    assert run.rows[0]["train/loss"] == 2.914
-    assert run.rows[0]["train_sparsity_by_layer/01"] == 0.724
-    assert all(isinstance(value, int | float) for value in run.rows[0].values())
+    steered = {"target": 0.75, "controller": {"smoothed": 0.7, "error": 0.05}, "mean_abs_by_layer": [0.1, None]}
+    Tracker(Tracking(wandb=Wandb.online), ".", {}, None).log(TRAIN | steered)
+    row = run.rows[0]
+    assert row["step"] == 42
+    assert (row["train/loss"], row["train/l1_factor"], row["train/target"]) == (2.914, 0.125, 0.75)
+    assert (row["train/controller_smoothed"], row["train/controller_error"]) == (0.7, 0.05)
+    histogram = row["train/sparsity_by_layer"]
+    assert sum(histogram.histogram) == 2 and (histogram.bins[0], histogram.bins[-1]) == (0, 1)
+    assert sum(row["train/mean_abs_by_layer"].histogram) == 1
+    assert not any("/00" in key or "/01" in key for key in row)  # of a training row not a number a layer and step
+
+
+def test_an_evaluation_has_the_number_of_each_layer(monkeypatch):
+    run = BrokenRun()
+    monkeypatch.setattr("prosparse.telemetry._start_wandb", lambda *_: run)
+    Tracker(Tracking(wandb=Wandb.online), ".", {}, None).log(EVALUATION | {"sparsity_by_layer": [0.7, 0.724]})
+    assert run.rows[0]["evaluation_sparsity_by_layer/01"] == 0.724
+    assert sum(run.rows[0]["evaluation/sparsity_by_layer"].histogram) == 2
 
 
 def test_a_shifted_model_is_no_point_of_the_training_curve(monkeypatch):
@@ -219,10 +244,40 @@ def test_wandb_that_breaks_is_one_warning_and_training_goes_on(monkeypatch, caps
     tracker = Tracker(Tracking(wandb=Wandb.online), ".", {}, None)
     for _ in range(4):
         tracker.log(TRAIN)
-    tracker.finish({})
+    tracker.finish()
     warning = "warning: training goes on without wandb (OSError: connection lost)\n"
     assert capsys.readouterr().err == warning
     assert (tracker.id, len(run.rows)) == ("abc", 1)
+
+
+def test_the_wandb_group_without_a_key_or_a_network_keeps_the_run_on_disk_and_says_so_once(tmp_path):
+    pytest.importorskip("wandb")
+    assert compose("train", ["experiment=demo", "tracking=wandb"]).tracking.wandb is Wandb.auto
+    assert compose("train", ["experiment=demo"]).tracking.wandb is Wandb.disabled
+    code = f"""
+import os, sys
+from prosparse import telemetry
+from prosparse.config import Tracking, Wandb
+telemetry.WANDB_SECONDS = 3
+for name in ("no_key", "no_network"):
+    tracker = telemetry.Tracker(Tracking(wandb=Wandb.auto), f"{tmp_path}/{{name}}", {{}}, name)
+    tracker.log({{"kind": "train", "step": 1, "loss": 2.0}})
+    tracker.finish()
+    print(tracker.id)
+    print("next", file=sys.stderr)
+    os.environ |= {{"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0123456789" * 4}}
+    __import__("wandb").teardown()
+"""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    env |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_CONFIG_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=90, check=True)
+    assert done.stdout == "no_key\nno_network\n"  # the ids, and nothing of wandb's own
+    first, second, _ = done.stderr.split("next\n")
+    assert first.count("wandb has no key: the run stays in") == 1
+    assert second.count("wandb cannot be reached") == 1
+    assert "goes on without" not in done.stderr
+    for name in ("no_key", "no_network"):
+        assert list(tmp_path.glob(f"{name}/wandb/offline-run-*/run-{name}.wandb"))
 
 
 def test_online_without_a_login_warns_instead_of_asking_and_keeps_the_id(tmp_path):

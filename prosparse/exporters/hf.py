@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,15 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 
 from prosparse import ffn
 from prosparse.activations import ACTIVATIONS, intermediate
+from prosparse.card import CARD
 from prosparse.ffn import activation_of, put_sparse_ffns, sparse_ffns
 from prosparse.models import SPARSE_CLASSES, sparse
 from prosparse.models.formats import released_config, stock_config
 from prosparse.models.load import build_model
+from prosparse.telemetry import write_atomically
 
 RESULT = "result.json"  # what the export says of itself, and the mark by which a later one may replace it
+Card = Callable[[dict], str]  # makes README.md of what the export says of itself
 PROBE_TEXT = "The sparse model says: def f(x): return x + 1\n"
 # Largest difference of a logit, as a share of the largest logit. Weights, kernels and threads are the same in both
 # processes, so the difference is 0 unless the kernels sum in another order (memory alignment): the bounds are some
@@ -43,6 +46,7 @@ def export_hf_model(
     out: str | Path,
     dtype: torch.dtype,
     max_shard_size: str = "5GB",
+    card: Card | None = None,
 ) -> dict:
     """`export_hf` of a loaded model: stock, substituted or of a sparse class."""
     activation, param = activation_of(model)
@@ -58,6 +62,7 @@ def export_hf_model(
         out,
         dtype,
         max_shard_size=max_shard_size,
+        card=card,
     )
 
 
@@ -73,12 +78,14 @@ def export_hf(
     max_shard_size: str = "5GB",
     own: bool = False,
     said: dict | None = None,
+    card: Card | None = None,
 ) -> dict:
     """Write the model to the folder `out` and return what was written and how far the reloaded logits differ.
 
     state_dict: CPU tensors under the base model's names; tied weights may be absent or given twice. config: of the base
     family, or of an earlier export of it. param: the threshold (shifted_relu: the offset) as it shall stand in
     config.json. own: write this project's class where the stock one would do. said: more for result.json.
+    card: what README.md shall say.
     Memory: the model once in `dtype` here and once in the fresh process.
 
     Raises ValueError if `out` holds anything but an earlier export or cannot be written, or the family has no format;
@@ -111,18 +118,44 @@ def export_hf(
             "dtype": str(dtype).removeprefix("torch."),
             **verify(folder, reference, activation, param, tokenizer),
         }
-        return seal(folder, out, result | (said or {}))
+        return seal(folder, out, result | (said or {}), card)
 
 
-def seal(folder: Path, out: Path, said: dict) -> dict:
-    """End the writing of `folder`, which becomes `out`: result.json with its files and what is `said`; returns that."""
+def seal(folder: Path, out: Path, said: dict, card: Card | None = None) -> dict:
+    """End the writing of `folder`, which becomes `out`: README.md by `card`, then result.json; returns the latter.
+
+    result.json has what is `said`, the files and their bytes.
+    """
+    result = {"verb": "export", "out": str(out), **said}
+    if card is not None:
+        (folder / CARD).write_text(card(result | {"files": _files(folder)}))
     for weights in folder.glob("*.safetensors"):  # written for their owner alone
         weights.chmod((folder / "config.json").stat().st_mode)
-    files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    written = {"files": sorted(files), "bytes": sum(files.values())}
-    result = {"verb": "export", "out": str(out), **written, **said}
+    result |= {"files": _files(folder), "bytes": _bytes(folder)}
     (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def put_card(out: str | Path, card: Card) -> dict:
+    """Replace README.md of an export that has one, and its bytes in result.json, which is returned.
+
+    Each file is whole at every moment, and the list of files does not change.
+    """
+    folder = Path(out)
+    result = json.loads((folder / RESULT).read_text())
+    assert CARD in result["files"], f"{folder} was exported without a card"
+    write_atomically(folder / CARD, card(result))
+    result["bytes"] = _bytes(folder)
+    write_atomically(folder / RESULT, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _bytes(folder: Path) -> int:
+    return sum((folder / name).stat().st_size for name in _files(folder) if name != RESULT)
 
 
 def modeling_source(model_class: type[PreTrainedModel]) -> str:

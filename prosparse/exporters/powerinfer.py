@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prosparse.config import Quantization
-from prosparse.exporters.hf import replacing, seal
+from prosparse.exporters.hf import Card, replacing, seal
 from prosparse.ffn import activation_of, substitute
 from prosparse.models.folding import fold_minicpm
 from prosparse.models.formats import family
@@ -66,12 +66,13 @@ def export_powerinfer(
     rows: Sequence[np.ndarray] | None = None,
     text: str | None = None,
     batch: int = 4,
+    card: Card | None = None,
 ) -> dict:
     """Write `model` for PowerInfer to the folder `out`, or as DIR/NAME.gguf, and return what was written.
 
     Weights are f16; with q4_0 those whose rows divide by 32 are Q4_0, but for output and predictors; norms are f32.
     A model with a threshold is written only with drop_threshold: it is then dropped from `model`, in place, and what
-    that does is measured if `rows`, of `text`, are given.
+    that does is measured if `rows`, of `text`, are given. card: what README.md shall say.
     Raises ValueError for what PowerInfer cannot compute and for predictors of another model. Nothing is left behind
     by a failure.
     """
@@ -133,13 +134,14 @@ def export_powerinfer(
             "format": "powerinfer",
             "gguf": name,
             "architecture": architecture,
+            "activation": activation,
             "quantization": str(quantization),
             "cutoff": cutoff,
             "context": _context(model.config),
             "warning": warning,
             **dropped,
         }
-        return seal(folder, out, result)
+        return seal(folder, out, result, card)
 
 
 def _architecture(model: PreTrainedModel, activation: str, threshold: float, drop_threshold: bool) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from prosparse.activations import ACTIVATIONS
-from prosparse.exporters.hf import PROBE_TEXT, TOLERANCE, export_hf, probe_ids, replacing, seal
+from prosparse.exporters.hf import PROBE_TEXT, TOLERANCE, Card, export_hf, probe_ids, replacing, seal
 from prosparse.ffn import activation_of, put_sparse_ffns, round_bf16
 from prosparse.models.folding import fold_minicpm
 from prosparse.models.formats import STOCK_ACTIVATIONS, family, inherited, stock_config
@@ -31,11 +31,12 @@ def export_vllm(
     out: str | Path,
     dtype: torch.dtype,
     plug_in: bool = True,
+    card: Card | None = None,
 ) -> dict:
     """Write the folder `out` and return what was written, which vLLM serves it and by which command.
 
-    plug_in: False refuses what needs the plug-in. Atomic and checked as `export_hf`; the stock form is loaded again
-    through this project's MiniCPM class, which computes what vLLM's does.
+    plug_in: False refuses what needs the plug-in. card: what README.md shall say. Atomic and checked as `export_hf`;
+    the stock form is loaded again through this project's MiniCPM class, which computes what vLLM's does.
     Raises ValueError if the model's activation is dense or vLLM cannot serve it, RuntimeError if the folder does not
     load as the same model; nothing is left behind then.
     """
@@ -56,7 +57,7 @@ def export_vllm(
     said = {"format": "vllm", "plug_in": bool(obstacles), "obstacles": obstacles}
     if not obstacles:
         said["serve"] = f"stock vLLM loads it: vllm serve {out}"
-        return _export_stock(model, activation, param, tokenizer, out, dtype, state_dict, said)
+        return _export_stock(model, activation, param, tokenizer, out, dtype, state_dict, said, card)
     said["serve"] = (
         f"vLLM needs the plug-in ({'; '.join(obstacles)}): pip install --no-deps prosparse beside vLLM, "
         f"then vllm serve {out}"
@@ -64,9 +65,9 @@ def export_vllm(
     if name == "minicpm":  # its architecture's name belongs to stock vLLM
         model = fold_minicpm(model)
         state_dict = dict(model.state_dict())
-    return export_hf(
-        state_dict, model.config, activation, param, tokenizer, model.generation_config, out, dtype, own=True, said=said
-    )
+    generation = model.generation_config
+    how: dict = {"own": True, "said": said, "card": card}
+    return export_hf(state_dict, model.config, activation, param, tokenizer, generation, out, dtype, **how)
 
 
 def stock_obstacles(model: PreTrainedModel, activation: str) -> list[str]:
@@ -102,6 +103,7 @@ def _export_stock(
     dtype: torch.dtype,
     state_dict: dict[str, Tensor],
     said: dict,
+    card: Card | None,
 ) -> dict:
     layers, hidden = model.config.num_hidden_layers, model.config.hidden_size
     undone = {"scale_emb": 1, "scale_depth": math.sqrt(layers), "dim_model_base": hidden}
@@ -126,7 +128,7 @@ def _export_stock(
             "dtype": str(dtype).removeprefix("torch."),
             **_verify_stock(folder, reference, tokenizer),
         }
-        return seal(folder, out, result | said)
+        return seal(folder, out, result | said, card)
 
 
 def _verify_stock(folder: Path, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict:

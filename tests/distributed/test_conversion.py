@@ -61,7 +61,20 @@ def test_a_run_leaves_what_it_promises(runs):
         report["models"]["shifted"]["perplexity"], rel=1e-3
     )
     assert report["models"]["exported"]["sparsity"] == pytest.approx(report["models"]["shifted"]["sparsity"], abs=1e-3)
-    assert {path.name for path in (folder / "report").glob("*.png")} == {"training.png", "layers.png", "shift.png"}
+    pictures = {"frontier.png", "training.png", "layers.png", "shift.png"}
+    assert {path.name for path in (folder / "report").iterdir()} == {
+        *pictures,
+        "report.json",
+        "index.html",
+        "README.md",
+    }
+    card = (folder / "model" / "README.md").read_text()
+    assert card == (folder / "report" / "README.md").read_text()
+    assert f"| this model | {100 * report['models']['exported']['sparsity']:.2f} % |" in card
+    written = json.loads((folder / "model" / "result.json").read_text())
+    assert report["export"] == written and "README.md" in written["files"]
+    assert written["bytes"] == sum((folder / "model" / name).stat().st_size for name in written["files"])
+    assert report["models"]["exported"]["activation"] == {"name": "fatrelu", "param": written["param"]}
     config = json.loads((folder / "model" / "config.json").read_text())
     assert config["model_type"] == "sparsellama" and config["hidden_act"] == "fatrelu"
     assert (folder / "config.yaml").is_file()
@@ -181,6 +194,17 @@ def test_the_verbs_work_on_a_finished_run(runs, tiny, tmp_path):
     )  # fmt: skip
     assert shifted.returncode == 0, shifted.stderr
     assert json.loads((tmp_path / "shifted" / "config.json").read_text())["hidden_act_param"] == 0.010009765625
+    card = (tmp_path / "shifted" / "README.md").read_text()
+    point = json.loads((tmp_path / "shifted" / "result.json").read_text())["shift"]["sweep"][-1]
+    assert f"| this model | {100 * point['sparsity']:.2f} % | {point['perplexity']:.3f} |" in card
+    reported = prosparse(
+        "report", f"runs=[{runs['undisturbed']},{runs['silu_continued']}]", f"out={tmp_path / 'report'}"
+    )
+    assert reported.returncode == 0, reported.stderr
+    rows = {(row["run"], row["model"]): row for row in json.loads(reported.stdout.splitlines()[-1])["table"]}
+    ratio = rows["undisturbed", "exported"]["perplexity"] / rows["silu_continued", "trained"]["perplexity"]
+    assert rows["undisturbed", "exported"]["x_control"] == pytest.approx(ratio)
+    assert (tmp_path / "report" / "index.html").is_file() and "by its path" not in reported.stderr
 
 
 def test_torchrun_starts_the_same_entry_and_module_and_plain_runs_go_too(runs, tiny, tmp_path):

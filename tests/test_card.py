@@ -1,0 +1,112 @@
+"""A model card has what was measured and nothing else."""
+
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+
+from prosparse.card import checkpoint_card, model_card, run_card
+from prosparse.records import read_results, read_run
+from runs import SOURCE, a_measurement, a_report, a_run, an_evaluation
+
+EXPORTED = a_report()["export"]
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    return a_run(tmp_path / "demo")
+
+
+def numbers(value):
+    """Every number of a nested value."""
+    if isinstance(value, dict):
+        return [n for part in value.values() for n in numbers(part)]
+    if isinstance(value, list):
+        return [n for part in value for n in numbers(part)]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+def measured(card):
+    """What the card's tables say was measured, as numbers."""
+    section = card.split("## Measured")[1].split("##")[0]
+    table = [line for line in section.splitlines() if line.startswith("|")][2:]
+    told = [cell.strip() for line in table for cell in line.strip("|").split("|")]
+    return [float(cell.removesuffix(" %").replace(",", "")) for cell in told if re.fullmatch(r"[\d.,]+( %)?", cell)]
+
+
+def test_every_figure_of_the_card_is_in_the_report(run_dir):
+    record = read_run(run_dir)
+    card, known = run_card(record), numbers(record.report)
+    figures = measured(card)
+    assert len(figures) == 6  # sparsity, perplexity, tokens of two models
+    rounded = {round(scale * n, places) for n in known for scale, places in ((1, 3), (100, 2))}
+    assert set(figures) <= rounded
+    for part in ("stdlib, held out", "bf16", "2 CPU ranks", "`prosparse train experiment=demo`", "made for a test"):
+        assert part in card
+    record.report["models"]["exported"]["perplexity"] = 23.456
+    assert 23.456 in measured(run_card(record))
+
+
+def test_what_was_not_measured_is_not_in_the_card(run_dir):
+    record = read_run(run_dir)
+    del record.report["models"]["exported"]
+    card = run_card(record)
+    assert "Nothing was measured on this model" in card and "perplexity |" not in card
+    bare = checkpoint_card("org/other")(EXPORTED)
+    assert "Nothing was measured on this model" in bare and "`org/other`" in bare
+    assert "exported from a bare model" in bare and re.search(r"\d\d ?%", bare) is None
+
+
+def test_the_metadata_is_that_of_the_hub_without_what_nobody_told(run_dir):
+    data = ModelCard(run_card(read_run(run_dir))).data
+    assert (data.library_name, data.pipeline_tag, data.base_model) == ("transformers", "text-generation", SOURCE)
+    assert data.tags == ["prosparse", "activation-sparsity", "fatrelu"]
+    assert data.license is None and data.language is None and data.datasets is None
+    record = read_run(run_dir)
+    record.config["model"]["source"] = str(run_dir)  # a path is no name on the Hub
+    assert ModelCard(run_card(record)).data.base_model is None
+
+
+def test_the_card_tells_stages_chat_template_limits_and_citation(run_dir):
+    card = run_card(read_run(run_dir))
+    for row in ("| substitution | sine | 0.1667 | 4 | 4,096 |", "| settle | sine | 0.5 | 12 | 4,096 |"):
+        assert row in card
+    for part in ("threshold 0.02", "trust_remote_code=True", "`chat_template.jinja`", "## Limitations", "2402.13516"):
+        assert part in card
+    assert "12,288 tokens in 12 steps on code (stdlib)" in card
+    stock = model_card(EXPORTED | {"files": ["model.safetensors"], "activation": "silu", "param": 0.0}, [])
+    assert "which is not sparse" in stock and "trust_remote_code" not in stock and "None: the model continues" in stock
+
+
+def test_measurements_and_tasks_of_the_model_stand_in_its_card(run_dir, tmp_path):
+    record = read_run(run_dir)
+    paths = [
+        a_measurement(tmp_path / "own", "runs/demo", 24.125, 0.7),
+        a_measurement(tmp_path / "earlier", "runs/demo/checkpoints/step-00000008", 99.0, 0.6),
+        an_evaluation(tmp_path / "tasks", "runs/demo/model", complete=False),
+    ]
+    card = run_card(record, *read_results([str(path) for path in paths], [record]))
+    assert (
+        "| this model | 70.00 % | 24.125 | 32,768 | code (stdlib), held-out 2 %; wiki (wiki.txt) | bf16 | cpu |" in card
+    )
+    assert "99.000" not in card
+    assert "| arc_easy | acc | 0.3125 |" in card and "Not all of these tasks were run" in card
+    assert "No benchmark tasks" not in card
+
+
+def test_a_checkpoint_has_the_figures_of_its_own_step_only(run_dir):
+    (run_dir / "checkpoints").mkdir()
+    last, earlier = (checkpoint_card(f"{run_dir}/checkpoints/step-{n:08d}") for n in (12, 8))
+    exported = EXPORTED | {"activation": "relu", "param": 0.0}
+    assert 21.0 in measured(last(exported)) and 22.0 not in measured(last(exported))
+    assert "Nothing was measured on this model" in earlier(exported)
+    assert 22.0 in measured(checkpoint_card(str(run_dir))(EXPORTED))
+    quantized = {"format": "powerinfer", "activation": "relu", "files": ["m.gguf"], "out": "x"}
+    assert "Nothing was measured on this model" in checkpoint_card(str(run_dir))(quantized)
+
+
+def test_secrets_are_not_in_the_card(run_dir, monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "swordfish-2026")
+    record = read_run(run_dir)
+    record.report["command"] = "prosparse train tracking.name=swordfish-2026"
+    assert "swordfish" not in run_card(record) and "tracking.name=***" in run_card(record)
