@@ -25,7 +25,7 @@ from prosparse.reporting import fairness, table, write_report
 from prosparse.run import DTYPES, Run, free_engine, hold
 from prosparse.signals import interruptible
 from prosparse.sparsity import measure, spread
-from prosparse.tasks import task_results
+from prosparse.tasks import evaluate_tasks, task_results
 from prosparse.telemetry import command, device_name, read_metrics, versions
 from prosparse.threshold import shift
 
@@ -64,6 +64,7 @@ def end_training(run: Run) -> None:
     shifted = shift(model, rows, recipe.shift, batch=config.micro_batch, report=say, progress=run.poll)
     hold(run, shifted.to_dict(), shifted.thresholds)
     evaluate(run, "shifted")
+    evaluate_tasks(run, "shifted")
 
 
 def finish(run: Run) -> dict:

@@ -3,6 +3,8 @@
 In: a `Run` between two steps. Out: a row of metrics.jsonl a task, and whether evaluate.stop ends the run.
 """
 
+import json
+from hashlib import sha256
 from pathlib import Path
 
 from prosparse import evaluation, schedule
@@ -23,7 +25,7 @@ def evaluate_tasks(run: Run, name: str) -> dict[str, dict]:
         return {}
     set_penalty(model, None)
     settings = {key: getattr(how, key) for key in ("task_path", "limit", "shots", "context")} | {"chat": str(how.chat)}
-    settings["activation"] = list(activation_of(model))
+    settings |= {"activation": list(activation_of(model)), "shift": _digest(run.shifted)}
     mark = {"kind": "task", "evaluated": name, "step": run.state.step, "settings": settings}
     rows = from_rank_zero(lambda: read_metrics(run.folder))
     done = {row["task"]: row["result"] for row in rows if all(row.get(key) == value for key, value in mark.items())}
@@ -50,6 +52,10 @@ def judge(run: Run) -> bool:
         base = from_rank_zero(lambda: task_results(run.folder))["base"]
         run.stopped_by = evaluation.stopped_by(how, base, now)
     return run.stopped_by is not None
+
+
+def _digest(shifted: dict | None) -> str | None:
+    return sha256(json.dumps(shifted).encode()).hexdigest()[:16] if shifted else None
 
 
 def check_stop_rule(run: Run) -> None:

@@ -77,9 +77,11 @@ def test_a_run_that_stops_repeats_no_task_and_loses_none(go):
     assert trained(go.root / "stopped") == trained(go.root / "whole")
 
 
-def test_evaluating_changes_nothing_of_the_training(go):
+def test_evaluating_changes_nothing_of_the_training_and_a_stop_rule_has_to_be_there_from_the_start(go):
     go("without", "evaluate.tasks=[]", "until=rise")
     assert trained(go.root / "without") == trained(go.root / "whole")[:7]
+    said = go("without", "evaluate.stop.metric=opposites/acc", code=2)
+    assert "this run began without evaluate.tasks" in said
 
 
 def test_under_zero_3_the_ranks_answer_the_same(go):
@@ -111,8 +113,6 @@ def test_the_stop_rule_ends_a_run_after_a_stage_and_without_it_the_run_goes_on(g
 def test_a_stop_rule_on_what_no_task_has_is_refused_before_training(go):
     said = go("odd", "evaluate.stop.metric=series/acc", code=2)
     assert "series/acc: series has exact_match,number" in said and not trained(go.root / "odd")
-    go("late", "evaluate.tasks=[]", "until=substitution")
-    assert "this run began without evaluate.tasks" in go("late", "evaluate.stop.metric=opposites/acc", code=2)
 
 
 def test_the_verb_gives_on_two_ranks_exactly_what_it_gives_on_one(tmp_path):
