@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from prosparse.config import Control
-from prosparse.records import Record, label, number, percent, read_run, stages, texts_of
+from prosparse.records import Record, label, number, percent, read_run, stages, task_figures, texts_of
 from prosparse.telemetry import redact, versions
 
 CARD = "README.md"
@@ -188,12 +188,7 @@ def _measured(figures: Sequence[dict[str, Any]], record: Record | None, evaluate
         notes = record.report.get("notes") or [] if record is not None else []
         text += "".join(f"\n\nNote: {note}." for note in notes)
     for result in evaluated:
-        rows = [
-            [task, metric, percent(value) if metric == "sparsity" else number(value, ".4f")]
-            for task, metrics in result["tasks"].items()
-            for metric, value in metrics.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        ]
+        rows = [list(row) for row in task_figures(result)]
         text += f"\n\n{_table(['task', 'metric', 'value'], rows)}\n\nCommand: `{result.get('command', 'not recorded')}`"
         text += "\n\nNot all of these tasks were run to their end." * (result.get("complete") is False)
     return text

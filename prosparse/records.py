@@ -355,6 +355,16 @@ def texts_of(result: dict[str, Any]) -> str:
     return "; ".join(told)
 
 
+def task_figures(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(task or suite, metric, value as text) of an evaluation."""
+    told = []
+    for task, made in result["tasks"].items():
+        told += [(task, metric, number(value, ".4f")) for metric, value in made["metrics"].items()]
+        told += [(task, "sparsity", percent(made["sparsity"])), (task, "items", number(made["samples"], ","))]
+    suites = result.get("suites") or {}
+    return told + [(suite, "average", number(made["average"], ".4f")) for suite, made in suites.items()]
+
+
 # --- figures as text --------------------------------------------------------------------------------------------------
 
 

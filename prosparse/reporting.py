@@ -14,7 +14,7 @@ from prosparse import plotting
 from prosparse.card import CARD, run_card
 from prosparse.config import Control
 from prosparse.page import Table, page
-from prosparse.records import FINISHED, Record, controls, number, percent, read_run, stages, texts_of
+from prosparse.records import FINISHED, Record, controls, number, percent, read_run, stages, task_figures, texts_of
 from prosparse.telemetry import duration, redact, strict_json, write_atomically
 
 # --- the table of one training ----------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def _measure_tables(measured: Sequence[dict[str, Any]]) -> list[Table]:
                     percent(part.get("sparsity")),
                     number(part.get("perplexity"), ".3f"),
                     *(number(active.get(key), ",.1f") for key in ("mean", "p50", "p95")),
-                    number(active.get("neurons"), ","),
+                    number(active.get("neurons"), ",.0f"),
                     percent(dead.get("share")),
                     percent(reuse.get("share")),
                 ]
@@ -275,7 +275,7 @@ def _measure_tables(measured: Sequence[dict[str, Any]]) -> list[Table]:
                     made["text"],
                     number(made["tokens"], ","),
                     f"{made['percent']:g} %",
-                    number(made["value"], ".4g"),
+                    number(made["cett"], ".4g"),
                     percent(made["sparsity"]),
                     number(made["perplexity"], ".3f"),
                     number(made["dense_perplexity"], ".3f"),
@@ -295,20 +295,17 @@ def _evaluation_tables(evaluated: Sequence[dict[str, Any]]) -> list[Table]:
     """Tasks and their metrics, a column a model."""
     cells: dict[tuple[str, str], dict[int, str]] = {}
     for column, result in enumerate(evaluated):
-        for task, metrics in result["tasks"].items():
-            for metric, value in metrics.items():
-                if isinstance(value, int | float) and not isinstance(value, bool):
-                    form = "," if isinstance(value, int) else ".4f"
-                    text = percent(value) if metric == "sparsity" else number(value, form)
-                    cells.setdefault((task, metric), {})[column] = text
+        for task, metric, value in task_figures(result):
+            cells.setdefault((task, metric), {})[column] = value
     if not cells:
         return []
     names = [plotting.title(result) for result in evaluated]
     rows = [[task, metric, *(found.get(i, "-") for i in range(len(names)))] for (task, metric), found in cells.items()]
-    unended = [name for name, made in zip(names, evaluated, strict=True) if made.get("complete") is False]
-    return [
-        Table("Tasks", ["task", "metric", *names], rows, [f"{name}: incomplete, not all was run" for name in unended])
-    ]
+    notes = [f"{name}: {note}" for name, made in zip(names, evaluated, strict=True) for note in made.get("notes") or []]
+    for name, made in zip(names, evaluated, strict=True):
+        if made.get("complete") is False:
+            notes.append(f"{name}: incomplete, without {', '.join(made.get('remaining') or ['some tasks'])}")
+    return [Table("Tasks", ["task", "metric", *names], rows, notes)]
 
 
 def plain(table: Table) -> str:

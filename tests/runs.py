@@ -85,7 +85,7 @@ def a_run(folder: Path, control="none", tokens=12288, digest="a", ended=True, **
 def a_measurement(folder: Path, checkpoint: str, perplexity: float, sparsity: float) -> Path:
     """The result of `prosparse measure` on two texts."""
     counts = {
-        "active_per_token": {"mean": 290.5, "p50": 280.0, "p95": 400.0, "neurons": 1536},
+        "active_per_token": {"mean": 290.5, "p50": 280.0, "p95": 400.0, "neurons": 1536.0},
         "dead": {"share": 0.01, "by_layer": [0.0, 0.02], "tokens": 16384},
         "reuse": {"share": 0.4, "by_layer": [0.3, 0.5]},
         "union": {"1": 0.2, "2": 0.3, "4": 0.5, "8": 0.7, "16": 0.9},
@@ -94,7 +94,7 @@ def a_measurement(folder: Path, checkpoint: str, perplexity: float, sparsity: fl
         "code": {"text": "stdlib", "held_out": 0.02, **model(perplexity - 1, sparsity, 16384), **counts},
         "wiki": {"text": "wiki.txt", "held_out": None, **model(perplexity + 1, sparsity, 16384), **counts},
     }
-    cett = {"percent": 1.0, "text": "code", "tokens": 16384, "value": 0.13, "sparsity": 0.85}
+    cett = {"percent": 1.0, "text": "code", "tokens": 16384, "cett": 0.13, "sparsity": 0.85}
     result = {
         "checkpoint": checkpoint,
         "command": f"prosparse measure checkpoint={checkpoint}",
@@ -117,6 +117,14 @@ def an_evaluation(folder: Path, checkpoint: str, complete: bool = True) -> Path:
     """The result of `prosparse eval`."""
     folder.mkdir()
     result = {"verb": "eval", "checkpoint": checkpoint, "command": "prosparse eval", "complete": complete}
-    result |= {"tasks": {"arc_easy": {"acc": 0.3125, "sparsity": 0.7, "alias": "arc"}}}
+    task = {
+        "metrics": {"acc": 0.3125, "acc_stderr": None},
+        "samples": 1200,
+        "sparsity": 0.7,
+        "tokens": 9,
+        "seconds": 1.0,
+    }
+    result |= {"tasks": {"arc_easy": task}, "suites": {"prosparse": {"average": None}}}
+    result |= {"remaining": [] if complete else ["piqa"], "notes": ["made for a test"]}
     (folder / "result.json").write_text(json.dumps(result))
     return folder

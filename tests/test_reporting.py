@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
+from runs import SOURCE, a_measurement, a_report, a_run, an_evaluation, model
 
 from prosparse import plotting
 from prosparse.cli import compose, main
 from prosparse.records import differences, read_results, read_run, read_runs, stages
 from prosparse.reporting import compare, plain, table, tables, write, write_report
-from runs import SOURCE, a_measurement, a_report, a_run, an_evaluation, model
 
 
 @pytest.fixture(autouse=True)
@@ -184,7 +184,10 @@ def test_measurements_and_evaluations_stand_beside_their_runs_and_the_base(tmp_p
     assert "measured b: 32,768 tokens, code (stdlib), held-out 2 %; wiki (wiki.txt), bf16, cpu" in told["Models"]
     assert re.search(r"sparse, exported +wiki +16,384 +70.00 % +25.000 +290.5", told["Measurements by text"])
     assert re.search(r"sparse, exported +code +16,384 +1 % +0.13 +85.00 %", told["CETT-PPL"])
-    assert re.search(r"arc_easy +acc +0.3125", told["Tasks"]) and "incomplete, not all was run" in told["Tasks"]
+    assert re.search(r"arc_easy +acc +0.3125", told["Tasks"]) and "incomplete, without piqa" in told["Tasks"]
+    assert re.search(r"arc_easy +sparsity +70.00 %", told["Tasks"]) and re.search(
+        r"prosparse +average +-", told["Tasks"]
+    )
 
 
 @pytest.mark.parametrize("number", [1, 3, 9])
