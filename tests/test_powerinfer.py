@@ -324,6 +324,8 @@ def test_bad_input_is_one_line_and_exit_code_2(bpe, predictors, tmp_path, capsys
     ):
         refused([f"checkpoint={model}", f"predictors={folder}"], message, capsys, tmp_path)
     refused([f"checkpoint={relu}"], "predictors is missing", capsys, tmp_path)
+    given = [f"checkpoint={relu}", f"predictors={predictors}"]
+    refused([*given, "text=stdlib"], "text is measured only with drop_threshold=true", capsys, tmp_path)
     saved(tmp_path / "words", relu_llama(), word_tokenizer())
     refused([f"checkpoint={tmp_path}/words", f"predictors={predictors}"], "of type WordLevel", capsys, tmp_path)
 

@@ -160,6 +160,22 @@ def test_the_command_refuses_in_one_line(form, changes, message, folder, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize(
+    ("form", "key", "value", "right"),
+    [
+        ("vllm", "quantization", "q4_0", "powerinfer"),
+        ("vllm", "drop_threshold", "True", "powerinfer"),
+        ("hf", "predictors", "predictors", "powerinfer"),
+        ("hf", "plug_in", "False", "vllm"),
+        ("powerinfer", "plug_in", "False", "vllm"),
+    ],
+)
+def test_a_key_of_another_format_is_refused(form, key, value, right, folder, tmp_path, capsys):
+    assert main(["export", f"checkpoint={folder}", f"format={form}", f"out={tmp_path}/out", f"{key}={value}"]) == 2
+    message = f"{key} is {value}, which format={form} does not use: leave it out, or set format={right}"
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_the_command_says_how_to_serve(folder, tmp_path):
     model = load_model(folder, dtype=torch.float32)
     substitute(model, "fatrelu", 0.125)
