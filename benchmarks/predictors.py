@@ -48,14 +48,19 @@ def plot(found: dict) -> Figure:
             va="top",
             fontsize=8,
             color=GRAY,
+            bbox={"color": "white", "alpha": 0.8, "pad": 0.5},
         )
     curve.axvline(100 * found["sparsity"], color=GREEN, lw=1.3, ls="--", label=f"true: {100 * found['sparsity']:.1f} %")
     corner = 100 * (found["sparsity"] - WITHIN), 100 * RECALL
     curve.plot(
-        [corner[0], corner[0], 102], [102, corner[1], corner[1]], color=VERMILION, lw=1, label="asked: right and above"
+        [corner[0], corner[0], 102],
+        [102, corner[1], corner[1]],
+        color=VERMILION,
+        lw=1,
+        label=f"recall {RECALL:.0%}, {100 * WITHIN:g} points",
     )
-    low = min(100 * row["recall"] for row in sweep)
-    curve.set(xlabel="predicted sparsity (%)", ylabel="recall (%)", xlim=(None, 101), ylim=(low - 8, 101.5))
+    low, left = (min(100 * row[key] for row in sweep) for key in ("recall", "predicted_sparsity"))
+    curve.set(xlabel="predicted sparsity (%)", ylabel="recall (%)", xlim=(left - 14, 101), ylim=(low - 8, 101.5))
     curve.set_title(f"cutoff: perplexity (all neurons: {found['perplexity_all_neurons']:.2f})", fontsize=9, color=GRAY)
     curve.legend(loc="lower left", frameon=False, fontsize=8)
     for key, label, color, marker in (
