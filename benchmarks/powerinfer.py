@@ -142,7 +142,7 @@ def unmet(file: File) -> list[str]:
 @torch.no_grad()
 def main(export: str, checkpoint: str, rows: str = "8") -> None:
     from prosparse import load_model, load_tokenizer, substitute
-    from prosparse.config import Bos, Data
+    from prosparse.config import Auto, Data
     from prosparse.data import text_rows
     from prosparse.ffn import activation_of
     from prosparse.sparsity import spread
@@ -155,7 +155,7 @@ def main(export: str, checkpoint: str, rows: str = "8") -> None:
     model = load_model(checkpoint, dtype=torch.float32)
     if "dropped_threshold" in made:
         substitute(model, "drelu" if activation_of(model)[0] == "drelu" else "relu")
-    how: dict = {"bos": Bos.auto, "column": "text", "cache": Data().cache, "held_out": 0.02}
+    how: dict = {"bos": Auto.auto, "column": "text", "cache": Data().cache, "held_out": 0.02}
     text = text_rows("stdlib", load_tokenizer(checkpoint), 256, **how)
     ids = torch.from_numpy(np.stack([text[i] for i in spread(len(text), int(rows))]).astype(np.int64))
     ways = {"transformers, fp32": lambda row: model(row).logits}
