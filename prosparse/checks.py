@@ -63,8 +63,6 @@ def validate(config: Any) -> None:
         _validate_measure(config)
     if isinstance(config, Predict):
         _validate_predict(config)
-    if isinstance(config, Export) and config.format is ExportFormat.powerinfer:
-        require(config.predictors is not None, "predictors is missing: give predictors=DIR, made by prosparse predict")
     if isinstance(config, Generate):
         _validate_generate(config)
     if isinstance(config, Eval):
@@ -79,11 +77,7 @@ def validate(config: Any) -> None:
             f"out is missing: a report of {len(config.runs)} runs belongs to none of their folders, give out=DIR",
         )
     if isinstance(config, Export):
-        require(
-            config.format != ExportFormat.llama_cpp,
-            "format=llama_cpp: llama.cpp computes SiLU for this architecture, whatever the file says, and would print "
-            "fluent nonsense; use format=powerinfer for PowerInfer, vllm for vLLM, or hf for transformers",
-        )
+        _validate_export(config)
 
 
 def validate_recipe(recipe: Recipe) -> None:
@@ -334,6 +328,30 @@ def _validate_measure(config: Measure) -> None:
     require(percent is None or (isfinite(percent) and percent > 0), f"cett_percent is {percent}: give e.g. 1, or null")
     for percent in config.top_k:
         require(0 < percent <= 100, f"top_k has {percent}: give percents above 0 and up to 100")
+
+
+def _validate_export(config: Export) -> None:
+    require(
+        config.format != ExportFormat.llama_cpp,
+        "format=llama_cpp: llama.cpp computes SiLU for this architecture, whatever the file says, and would print "
+        "fluent nonsense; use format=powerinfer for PowerInfer, vllm for vLLM, or hf for transformers",
+    )
+    for form, keys in {
+        ExportFormat.powerinfer: ("predictors", "quantization", "drop_threshold", "text"),
+        ExportFormat.vllm: ("plug_in",),
+    }.items():
+        for key in keys:
+            value = getattr(config, key)
+            require(
+                config.format is form or value == getattr(Export, key),
+                f"{key} is {value}, which format={config.format} does not use: leave it out, or set format={form}",
+            )
+    if config.format is ExportFormat.powerinfer:
+        require(config.predictors is not None, "predictors is missing: give predictors=DIR, made by prosparse predict")
+        require(
+            config.text is None or config.drop_threshold,
+            "text is measured only with drop_threshold=true: leave it out, or set that",
+        )
 
 
 def _validate_predict(config: Predict) -> None:

@@ -1,5 +1,6 @@
 """What several tests share: tiny models, tiny text, the real launcher."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -108,6 +109,15 @@ def tiny_overrides(tiny: dict[str, Path], run_dir: Path) -> list[str]:
         "threads=1",
         "save.every=2",
     ]
+
+
+def script(name: str):
+    """The module benchmarks/NAME.py."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def launch(*arguments: str, ranks: int = 2, script: str = "launch/train.py", timeout: int = 240):

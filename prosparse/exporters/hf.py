@@ -4,6 +4,7 @@ In: weights under the base model's names, its config, an activation. Out: safete
 activation that transformers lacks, one self-contained modeling file; reloaded in a fresh process, then renamed.
 """
 
+import errno
 import inspect
 import json
 import os
@@ -274,8 +275,10 @@ def replacing(out: Path) -> Iterator[Path]:
             os.rename(out, old)
         os.rename(temporary, out)
         shutil.rmtree(old, ignore_errors=True)
-    except SafetensorError as error:  # a full disk, most likely
-        raise OSError(f"out={out} cannot be written: {error}") from error
+    except (SafetensorError, OSError) as error:  # the former is a full disk, too, most likely
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(f"out={out} cannot be written: {getattr(error, 'strerror', error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

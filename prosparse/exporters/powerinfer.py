@@ -121,7 +121,7 @@ def export_powerinfer(
             numbers = data().float().cpu().contiguous().numpy()
             if np.abs(numbers).max() > np.finfo(np.float16).max:
                 raise ValueError(f"{tensor} has weights that f16 cannot hold: PowerInfer cannot run this model")
-            writer.write_tensor_data(gguf.quants.quantize(numbers, kind))
+            writer.write_tensor_data(gguf.quants.quantize(numbers, kind).view(_Written))
         writer.close()
         with open(folder / name, "r+b") as file:
             file.write(MAGIC)
@@ -142,6 +142,13 @@ def export_powerinfer(
             **dropped,
         }
         return seal(folder, out, result, card)
+
+
+class _Written(np.ndarray):
+    """An array that gguf writes; numpy's own way leaves out of its error that the disk is full."""
+
+    def tofile(self, file: Any, *_: Any) -> None:
+        file.write(self.tobytes())
 
 
 def _architecture(model: PreTrainedModel, activation: str, threshold: float, drop_threshold: bool) -> str:
@@ -193,6 +200,8 @@ def _write_shapes(writer: gguf.GGUFWriter, model: PreTrainedModel, quantization:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     mostly = {Quantization.f16: gguf.LlamaFileType.MOSTLY_F16, Quantization.q4_0: gguf.LlamaFileType.MOSTLY_Q4_0}
     writer.add_file_type(mostly[quantization])
+    if quantization is Quantization.q4_0:
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)  # GGUF asks for it beside quantized tensors
     writer.add_float32("powerinfer.sparse_threshold", cutoff)
 
 
@@ -240,7 +249,7 @@ def interleaved(rows: Tensor, heads: int) -> Tensor:
 def _vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Callable[[gguf.GGUFWriter], None]:
     """What writes the tokenizer: as `gpt2` a byte-level BPE, as `llama` one of SentencePiece's BPE models.
 
-    Raises ValueError for other tokenizers and for one with more tokens than the model.
+    Raises ValueError for other tokenizers, for one with more tokens than the model, and for what stops PowerInfer.
     """
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ValueError("the tokenizer is not a fast one: PowerInfer's file needs its merges")
@@ -274,6 +283,7 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Callable
         tokens.append(text)
         kinds.append(kind)
         scores.append(-float(first.get(text, len(merges))) if kind == gguf.TokenType.NORMAL else 0.0)
+    _no_unreadable_token(tokens, "<0x0A>" if sentencepiece else "\u010a")
 
     def write(writer: gguf.GGUFWriter) -> None:
         writer.add_tokenizer_model("llama" if sentencepiece else "gpt2")
@@ -290,6 +300,20 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Callable
         writer.add_add_bos_token(bool(begun) and begun[0] == tokenizer.bos_token_id)
 
     return write
+
+
+def _no_unreadable_token(tokens: list[str], line_feed: str) -> None:
+    """Raises ValueError for what PowerInfer's loader stops at: an empty token, a text twice, no line feed."""
+    seen: dict[str, int] = {}
+    for number, text in enumerate(tokens):
+        if not text:
+            raise ValueError(f"the tokenizer's token {number} is empty: PowerInfer does not load it")
+        if seen.setdefault(text, number) != number:
+            raise ValueError(
+                f"the tokenizer's token {number} is {text!r} like token {seen[text]}: PowerInfer does not load it"
+            )
+    if line_feed not in seen:
+        raise ValueError(f"the tokenizer has no token for the line feed ({line_feed}): PowerInfer does not load it")
 
 
 def _splits_otherwise(tokenizer: PreTrainedTokenizerBase) -> str | None:
