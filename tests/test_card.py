@@ -4,10 +4,10 @@ import re
 
 import pytest
 from huggingface_hub import ModelCard
-from runs import SOURCE, a_measurement, a_report, a_run, an_evaluation
 
 from prosparse.card import checkpoint_card, model_card, run_card
 from prosparse.records import read_results, read_run
+from runs import SOURCE, a_measurement, a_report, a_run, an_evaluation
 
 EXPORTED = a_report()["export"]
 

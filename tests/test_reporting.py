@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
-from runs import SOURCE, a_measurement, a_report, a_run, an_evaluation, model
 
 from prosparse import plotting
 from prosparse.cli import compose, main
 from prosparse.records import differences, read_results, read_run, read_runs, stages
 from prosparse.reporting import compare, plain, table, tables, write, write_report
+from runs import SOURCE, a_measurement, a_report, a_run, an_evaluation, model
 
 
 @pytest.fixture(autouse=True)
