@@ -167,6 +167,21 @@ def test_the_metadata_says_what_the_runtime_asks_for(bpe, predictors, tmp_path):
     assert file.keys["tokenizer.ggml.add_bos_token"] is False
 
 
+def test_what_the_runtimes_loader_stops_at_is_found(bpe, predictors, tmp_path):
+    file, _ = exported(relu_llama(), bpe, predictors, tmp_path / "out")
+    kind, shape = file.types.pop("llama.rope.freq_base"), file.shapes["blk.1.ffn_down_t.weight"]
+    assert powerinfer.unmet(file) == ["llama.rope.freq_base is None, not FLOAT32"]
+    file.types["llama.rope.freq_base"] = kind
+    file.shapes["blk.1.ffn_down_t.weight"] = shape[::-1]
+    assert powerinfer.unmet(file) == ["blk.1.ffn_down_t is [64, 32], not [32, 64]"]
+    file.shapes["blk.1.ffn_down_t.weight"] = shape
+    file.kinds["output_norm.weight"] = "F16"
+    file.offsets[2] += 1
+    assert powerinfer.unmet(file) == ["output_norm is F16", "tensors do not begin at multiples of 32 bytes"]
+    file.magic = b"GGUF"
+    assert powerinfer.unmet(file) == ["magic b'GGUF', version 3"]
+
+
 def test_the_folder_holds_what_the_solver_reads(bpe, predictors, tmp_path):
     out = tmp_path / "new" / "small.gguf"
     result = export_powerinfer(relu_llama(), bpe, predictors, out)
