@@ -21,7 +21,7 @@ from prosparse.data import batch
 from prosparse.sparsity import spread
 
 THRESHOLDS = (0.03125, 0.0625, 0.09375, 0.125, 0.15625, 0.1875)
-PRICES = (-19, -18, -17, -16.5, -16, -15.5, -15)  # as powers of 2
+PRICES = (-18, -17.5, -17, -16.5, -16, -15.5, -15)  # as powers of 2
 BUDGETS = (0.005, 0.01, 0.03)
 COLORS = {"model": "#0072B2", "layer": "#E69F00", "neuron": "#D55E00"}
 
@@ -56,7 +56,7 @@ def main(checkpoint: str, out: str, threads: str = "2") -> None:
     costs = fisher_costs(model, calibration)
     for granularity in (Granularity.layer, Granularity.neuron):
         for exponent in PRICES:
-            with cut_apart(model, thresholds_at(costs, 2.0**exponent, granularity, 0.0)):
+            with cut_apart(model, thresholds_at(costs, 2.0**exponent, granularity)):
                 add(str(granularity), exponent, seen(model))
 
     print("\n| perplexity | one threshold | by layer | by neuron |\n|---|---|---|---|")
@@ -67,7 +67,7 @@ def main(checkpoint: str, out: str, threads: str = "2") -> None:
 
     exact = load_model(checkpoint, dtype=torch.float32)
     substitute(exact, "relu")
-    chosen = thresholds_at(costs, 2.0**-16, Granularity.neuron, 0.0)
+    chosen = thresholds_at(costs, 2.0**-16, Granularity.neuron)
     told = fold(exact, chosen, token_ids=batch(rows, [0]).input_ids)
     folded = seen(exact.to(torch.bfloat16))
     print(f"\nneurons at price 2^-16, folded into one threshold of {told.threshold:g} and cast to bf16: ", end="")

@@ -38,7 +38,7 @@ from prosparse.models.load import build_model
 from prosparse.sparsity import add_ranks, language_loss
 
 SMALLEST = 1e-4  # of the thresholds that fold: below it the factors of the rows grow without bound
-EDGES = [2.0 ** (octave / 4) for octave in range(-40, 17)]  # thresholds that are considered: four an octave
+START, OCTAVES = 2.0**-13, 17  # the threshold of what is not cut in a model without one; thresholds considered above it
 FILE = "thresholds.safetensors"
 TRUST = 16.0  # removed elements that a neuron's own costs have to rest on to count as much as its layer's
 
@@ -49,7 +49,8 @@ TRUST = 16.0  # removed elements that a neuron's own costs have to rest on to co
 class Costs:
     """What cutting costs, by layer: of the elements x1 != 0 whose gate lies between two neighbors of the `edges`.
 
-    Element b of the last dimension is below edges[b] and not below edges[b - 1], the first is all below edges[0].
+    The edges are an octave apart, so that the factors of folding are powers of two and it rounds nothing. Element b of
+    the last dimension is below edges[b] and not below edges[b - 1], the first is all below edges[0].
     """
 
     edges: Tensor  # [edges], rising
@@ -70,7 +71,8 @@ def fisher_costs(
     projection could take back what folding does.
     """
     ffns = _gated(model)
-    edges = torch.tensor([edge for edge in EDGES if edge > max(ffns[0].param, SMALLEST)], device=model.device)
+    start = max(ffns[0].param, START)
+    edges = torch.tensor([start * 2.0**octave for octave in range(1, OCTAVES + 1)], device=model.device)
     sizes = [_rows(ffn)[0][0].shape[: 2 if isinstance(ffn, ExpertsFFN) else 1].numel() for ffn in ffns]
     sums = [torch.zeros(2, size, len(edges) + 1, dtype=torch.float64, device=model.device) for size in sizes]
 
@@ -124,13 +126,13 @@ class _Seen(torch.autograd.Function):
         return gradient, None, None, None, None
 
 
-def thresholds_at(costs: Costs, price: float, granularity: Granularity, smallest: float) -> list[Tensor]:
+def thresholds_at(costs: Costs, price: float, granularity: Granularity) -> list[Tensor]:
     """By layer the thresholds, fp32 [neurons], at which no cut costs more than `price` an element and none is missed.
 
-    `smallest` is the threshold of what is not cut. By neuron: its own costs, drawn towards those of its layer at the
-    same gate as if TRUST of its elements had these.
+    What is not cut has half the first edge: the model's own threshold, or a very small one. By neuron: its own costs,
+    drawn towards those of its layer at the same gate as if TRUST of its elements had these.
     """
-    candidates = torch.cat([costs.edges.new_tensor([max(smallest, SMALLEST)]), costs.edges])
+    candidates = torch.cat([costs.edges[:1] / 2, costs.edges])
     found = []
     for counts, cost in zip(costs.counts, costs.costs, strict=True):
         of_layer = cost.sum(0) / counts.sum(0).clamp(min=1)

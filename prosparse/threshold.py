@@ -142,11 +142,10 @@ def _allocate(
 ) -> Shifted:
     """The largest price, to a sixteenth, whose thresholds keep the perplexity within `limit`."""
     costs = fisher_costs(model, rows, batch=batch, progress=progress)
-    start = sparse_ffns(model)[0].param
     tried: dict[float, Allocation] = {}
 
     def thresholds(exponent: float) -> list[Tensor]:
-        return thresholds_at(costs, 2.0**exponent, how.granularity, start)
+        return thresholds_at(costs, 2.0**exponent, how.granularity)
 
     def fits(exponent: float) -> bool:
         with cut_apart(model, thresholds(exponent)):

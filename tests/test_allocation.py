@@ -1,6 +1,7 @@
 """Thresholds by layer or neuron: what a zero costs, where to cut, and what comes of it."""
 
 import json
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -9,10 +10,10 @@ from conftest import make_tiny, prosparse, tiny_llama
 from test_models import base_model
 
 from prosparse.allocation import (
-    SMALLEST,
     Costs,
     cut_apart,
     fisher_costs,
+    fold,
     load_thresholds,
     save_thresholds,
     thresholds_at,
@@ -91,14 +92,14 @@ def test_a_threshold_is_where_the_price_is_no_longer_worth_it():
     cost = torch.tensor([[100.0, 300, 100], [900, 0, 50], [0, 0, 0]]).double()
     costs = Costs(edges, [counts], [cost])
     free = Costs(edges, [counts * 1e6], [cost * 1e6])  # so many that a neuron's own costs are all that counts
-    by_neuron = thresholds_at(free, 2.0, Granularity.neuron, 0.0)[0]
+    by_neuron = thresholds_at(free, 2.0, Granularity.neuron)[0]
     # the first: 1 and 3 and 1 an element: all three together cost 5/3; the second: 9 and then 0.5: together 4.75
-    assert by_neuron.tolist() == [4.0, pytest.approx(SMALLEST), pytest.approx(SMALLEST)]
-    by_layer = thresholds_at(costs, 2.0, Granularity.layer, 0.0)[0]
-    assert by_layer.tolist() == [pytest.approx(SMALLEST)] * 3  # 1000 / 200, 300 / 100, 150 / 200: 1450 / 500 in all
-    assert thresholds_at(costs, 3.0, Granularity.layer, 0.0)[0].tolist() == [4.0] * 3
-    assert thresholds_at(costs, 1e-9, Granularity.neuron, 0.75)[0].tolist() == [0.75] * 3
-    drawn = thresholds_at(costs, 4.0, Granularity.neuron, 0.0)[0]  # 116 elements of which 16 cost as the layer's
+    assert by_neuron.tolist() == [4.0, 0.5, 0.5]
+    by_layer = thresholds_at(costs, 2.0, Granularity.layer)[0]
+    assert by_layer.tolist() == [0.5] * 3  # 1000 / 200, 300 / 100, 150 / 200: 1450 / 500 in all
+    assert thresholds_at(costs, 3.0, Granularity.layer)[0].tolist() == [4.0] * 3
+    assert thresholds_at(costs, 1e-9, Granularity.neuron)[0].tolist() == [0.5] * 3
+    drawn = thresholds_at(costs, 4.0, Granularity.neuron)[0]  # 116 elements of which 16 cost as the layer's
     assert drawn[0] == 4.0
 
 
@@ -108,7 +109,7 @@ def test_prices_rise_with_sparsity(rows):
     zeros = []
     for granularity in (Granularity.layer, Granularity.neuron):
         for price in (1e-12, 1e-8, 1e-4, 1.0):
-            with cut_apart(model, thresholds_at(costs, price, granularity, 0.0)):
+            with cut_apart(model, thresholds_at(costs, price, granularity)):
                 zeros.append(measure(model, rows).sparsity)
     assert zeros[:4] == sorted(zeros[:4]) and zeros[4:] == sorted(zeros[4:]) and zeros[7] > zeros[4] + 0.1
     assert activation_of(model) == ("relu", 0.0)
@@ -131,6 +132,21 @@ def test_the_dearest_price_within_the_budget_is_taken_and_the_model_stays(rows, 
     assert json.loads(json.dumps(told))["sweep"][0]["threshold"] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_folding_what_was_allocated_rounds_nothing(rows, dtype):
+    model = sensitive().float()
+    thresholds = thresholds_at(fisher_costs(model, rows), 1e-4, Granularity.neuron)
+    assert len({at for part in thresholds for at in part.tolist()}) > 4
+    apart = deepcopy(model).to(dtype)
+    ids = torch.from_numpy(rows).long()
+    with torch.no_grad(), cut_apart(apart, thresholds):
+        expected = apart(ids).logits
+    told = fold(model, thresholds, token_ids=ids, dtype=dtype)
+    with torch.no_grad():
+        assert torch.equal(model.to(dtype)(ids).logits, expected)
+    assert told.difference_fp32 == 0
+
+
 def test_thresholds_of_experts_are_their_own(rows):
     model = base_model("mixtral")
     substitute(model, "relu")
@@ -138,7 +154,7 @@ def test_thresholds_of_experts_are_their_own(rows):
     experts, neurons = model.model.layers[0].mlp.experts.down_proj.shape[::2]
     assert costs.counts[0].shape[0] == experts * neurons
     before = measure(model, rows % 64).sparsity
-    with cut_apart(model, thresholds_at(costs, 1e9, Granularity.neuron, 0.0)):
+    with cut_apart(model, thresholds_at(costs, 1e9, Granularity.neuron)):
         assert measure(model, rows % 64).sparsity > before + 0.1
 
 
