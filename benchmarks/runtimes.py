@@ -40,6 +40,7 @@ def main(vllm_python: str, positions: str, *checkpoints: str) -> None:
     for checkpoint in checkpoints:
         tokenizer = load_tokenizer(checkpoint)
         texts = stdlib(tokenizer, int(positions))
+        texts["written by the model"] = written(load_model(checkpoint, dtype=torch.bfloat16), texts["held out"])
         rows = [row for part in texts.values() for row in part]
         ways: dict[str, list] = {}
         for dtype in (torch.float32, torch.bfloat16):
@@ -92,6 +93,15 @@ def stdlib(tokenizer, positions: int) -> dict[str, list[list[int]]]:
         "held out": [held_out[i] for i in spread(len(held_out), number)],
     }
     return {name: [row[:WINDOW].tolist() for row in rows] for name, rows in chosen.items()}
+
+
+def written(model, rows: list[list[int]]) -> list[list[int]]:
+    """As many rows in which the model itself, in bf16, goes on greedily after the first 10 tokens of each."""
+    import torch
+
+    starts = torch.tensor([row[:10] for row in rows])
+    how = {"do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
+    return model.generate(starts, attention_mask=torch.ones_like(starts), max_length=WINDOW, **how).tolist()
 
 
 def windows(token_ids: list[int], bos: int, positions: int) -> list[list[int]]:

@@ -36,8 +36,9 @@ def test_every_command_composes(command):
         assert all((ROOT / file).exists() for file in files)
         verb, overrides = "train", command[place + 1 :]
     else:
-        assert command[0] == "prosparse"
-        verb, overrides = command[1], command[2:]
+        place = command.index("prosparse.cli") if "prosparse.cli" in command else 0
+        assert command[0] in ("prosparse", "torchrun", "deepspeed") and (command[0] == "prosparse") == (place == 0)
+        verb, overrides = command[place + 1], command[place + 2 :]
     compose(verb, overrides)
 
 
