@@ -177,15 +177,19 @@ def top_k_curve(
 ) -> list[dict[str, Any]]:
     """{percent, perplexity, tokens} where each layer keeps of every token the largest percent % of |x1|, at least one.
 
-    Of experts: of every token's visit to an expert. A pass for each percent; ranks as in `measure`.
+    All that equal the smallest of them are kept too. Of experts: of every token's visit to an expert. A pass for each percent; ranks as in `measure`.
     """
     chosen = list(range(len(rows))) if indices is None else list(indices)
     curve = []
     for percent in percents:
 
-        def keep(layer: int, x1: Tensor, percent: float = percent, **_: Any) -> Tensor:
-            kept = x1.abs().topk(max(1, round(x1.shape[-1] * percent / 100)), dim=-1).indices
-            return torch.zeros_like(x1).scatter_(-1, kept, x1.gather(-1, kept))
+        def keep(layer: int, x1: Tensor, percent: float = percent, **_: Any) -> Tensor | None:
+            wanted = max(1, round(x1.shape[-1] * percent / 100))
+            if wanted == x1.shape[-1]:
+                return None
+            size = x1.abs().float()
+            smallest = size.topk(wanted, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+            return torch.where(size >= smallest, x1, 0.0)
 
         totals = run_passes(model, rows, chosen, batch, keep, progress=progress)
         curve.append({"percent": percent, "perplexity": _perplexity(totals), "tokens": int(totals[1].item())})
