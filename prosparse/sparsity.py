@@ -177,7 +177,8 @@ def top_k_curve(
 ) -> list[dict[str, Any]]:
     """{percent, perplexity, tokens} where each layer keeps of every token the largest percent % of |x1|, at least one.
 
-    All that equal the smallest of them are kept too. Of experts: of every token's visit to an expert. A pass for each percent; ranks as in `measure`.
+    All that equal the smallest of them are kept too. Of experts: of every token's visit to an expert. A pass for each
+    percent; ranks as in `measure`.
     """
     chosen = list(range(len(rows))) if indices is None else list(indices)
     curve = []
