@@ -5,6 +5,7 @@ weights, so that it has one threshold again. What a zero costs is the diagonal F
 ∂L/∂x1 · x1, the change of the loss to first order.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -35,6 +36,7 @@ from prosparse.ffn import (
 from prosparse.group import rank_and_world
 from prosparse.models.formats import stock_config
 from prosparse.models.load import build_model
+from prosparse.penalty import row_mask
 from prosparse.sparsity import add_ranks, language_loss
 
 SMALLEST = 1e-4  # of the thresholds that fold: below it the factors of the rows grow without bound
@@ -76,9 +78,11 @@ def fisher_costs(
     sizes = [_rows(ffn)[0][0].shape[: 2 if isinstance(ffn, ExpertsFFN) else 1].numel() for ffn in ffns]
     sums = [torch.zeros(2, size, len(edges) + 1, dtype=torch.float64, device=model.device) for size in sizes]
 
+    mask: Tensor | None = None
+
     def see(layer: int, gate: Tensor, up: Tensor, experts: Tensor | None, **routing) -> Tensor:
         x1 = type(ffns[layer]).intermediate(ffns[layer], gate, up, **routing)
-        return _Seen.apply(x1, gate.detach(), experts, edges, sums[layer])
+        return _Seen.apply(x1, gate.detach(), experts, row_mask(mask, x1, routing.get("tokens")), edges, sums[layer])
 
     asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
     hook = model.get_input_embeddings().register_forward_hook(lambda module, given, out: out.detach().requires_grad_())
@@ -87,12 +91,15 @@ def fisher_costs(
     model.eval().requires_grad_(False)
     try:
         with intermediates(model, see):
-            for number, start in enumerate(starts := range(batch * rank, len(rows), batch * world)):
-                data = make_batch(rows, range(start, min(start + batch, len(rows)))).to(model.device)
-                with torch.enable_grad():
-                    language_loss(model(**data.inputs(), use_cache=False).logits, data.labels).backward()
-                if progress is not None:
-                    progress(number + 1, len(starts))
+            for number in range(passes := math.ceil(math.ceil(len(rows) / batch) / world)):
+                start = batch * (rank + number * world)
+                if start < len(rows):
+                    data = make_batch(rows, range(start, min(start + batch, len(rows)))).to(model.device)
+                    mask = data.token_mask
+                    with torch.enable_grad():
+                        language_loss(model(**data.inputs(), use_cache=False).logits, data.labels).backward()
+                if progress is not None:  # on every rank as often: what it calls may wait for the others
+                    progress(number + 1, passes)
     finally:
         hook.remove()
         model.train(was_training)
@@ -106,16 +113,19 @@ class _Seen(torch.autograd.Function):
     """x1 itself; backward sorts (gradient · x1)² by neuron and gate."""
 
     @staticmethod
-    def forward(ctx, x1: Tensor, gate: Tensor, experts: Tensor | None, edges: Tensor, sums: Tensor) -> Tensor:
+    def forward(
+        ctx, x1: Tensor, gate: Tensor, experts: Tensor | None, kept: Tensor | None, edges: Tensor, sums: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(x1, gate)
-        ctx.experts, ctx.edges, ctx.sums = experts, edges, sums
+        ctx.experts, ctx.kept, ctx.edges, ctx.sums = experts, kept, edges, sums
         return x1.view_as(x1)
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):
         (gradient,), (x1, gate), sums = gradients, ctx.saved_tensors, ctx.sums
         flat, neurons = x1.flatten(0, -2), x1.shape[-1]
-        token, neuron = (flat != 0).nonzero(as_tuple=True)
+        counted = flat != 0 if ctx.kept is None else (flat != 0) & ctx.kept.flatten()[:, None]
+        token, neuron = counted.nonzero(as_tuple=True)
         place = torch.bucketize(gate.flatten(0, -2)[token, neuron].float(), ctx.edges, right=True)
         if ctx.experts is not None:
             neuron = neuron + ctx.experts[token] * neurons
@@ -123,7 +133,7 @@ class _Seen(torch.autograd.Function):
         at = neuron * sums.shape[-1] + place
         sums[0].view(-1).index_add_(0, at, torch.ones_like(change))
         sums[1].view(-1).index_add_(0, at, change.square())
-        return gradient, None, None, None, None
+        return gradient, None, None, None, None, None
 
 
 def thresholds_at(costs: Costs, price: float, granularity: Granularity) -> list[Tensor]:

@@ -315,7 +315,9 @@ def _validate_generate(config: Generate) -> None:
 
 def _validate_measure(config: Measure) -> None:
     require((config.text is None) != (not config.texts), "give either text=PATH or texts={NAME: {path: PATH}, ...}")
-    require(not config.texts or config.held_out is None, "held_out belongs to text: give texts.NAME.held_out instead")
+    for key, default in (("held_out", None), ("rows", None), ("column", "text")):
+        own = not config.texts or getattr(config, key) == default
+        require(own, f"{key} belongs to text: give texts.NAME.{key} instead")
     shares = {"held_out": config.held_out} | {f"texts.{name}.held_out": t.held_out for name, t in config.texts.items()}
     for key, share in shares.items():
         require(share is None or 0 < share < 1, f"{key} is {share}: give a share between 0 and 1, or null")

@@ -63,6 +63,8 @@ def end_training(run: Run) -> None:
     set_penalty(model, None)
     shifted = shift(model, rows, recipe.shift, batch=config.micro_batch, report=say, progress=run.poll)
     hold(run, shifted.to_dict(), shifted.thresholds)
+    if run.metrics is not None:
+        run.metrics.append({"kind": "shift", "step": state.step, **shifted.to_dict()})
     evaluate(run, "shifted")
     evaluate_tasks(run, "shifted")
 
@@ -101,7 +103,6 @@ def finish(run: Run) -> dict:
         activation, generation, target = activation_of(model), model.generation_config, run.folder / "model"
         weights = checkpoint.gather(run.engine) if run.thresholds is None else {}
         del model
-        run.held.close()
         free_engine(run)
         unmeasured = lambda export: run_card(read_run(run.folder, report=report | {"export": export}))  # noqa: E731
         job = lambda: export_run(run, weights, activation, generation, unmeasured)  # noqa: E731

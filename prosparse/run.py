@@ -196,6 +196,7 @@ def free_engine(run: Run) -> None:
     """Give back the memory of the engine and its model, of which nobody else may hold a reference."""
     if run.teacher is not None and hasattr(run.teacher.model, "destroy"):
         stop_engine(run.teacher.model)
+    run.held.close()
     stop_engine(run.engine)
     run.engine = run.teacher = None
     gc.collect()

@@ -24,8 +24,7 @@ def evaluate_tasks(run: Run, name: str) -> dict[str, dict]:
     if not how.tasks:
         return {}
     set_penalty(model, None)
-    settings = {key: getattr(how, key) for key in ("task_path", "limit", "shots", "context")} | {"chat": str(how.chat)}
-    settings |= {"activation": list(activation_of(model)), "shift": _digest(run.shifted)}
+    settings = _asked(run) | {"activation": list(activation_of(model)), "shift": _digest(run.shifted)}
     mark = {"kind": "task", "evaluated": name, "step": run.state.step, "settings": settings}
     rows = from_rank_zero(lambda: read_metrics(run.folder))
     done = {row["task"]: row["result"] for row in rows if all(row.get(key) == value for key, value in mark.items())}
@@ -49,7 +48,7 @@ def judge(run: Run) -> bool:
         return False
     now = evaluate_tasks(run, span.name)
     if how.stop.metric is not None:
-        base = from_rank_zero(lambda: task_results(run.folder))["base"]
+        base = from_rank_zero(lambda: task_results(run.folder, _asked(run)))["base"]
         run.stopped_by = evaluation.stopped_by(how, base, now)
     return run.stopped_by is not None
 
@@ -63,19 +62,28 @@ def check_stop_rule(run: Run) -> None:
     wanted = run.config.evaluate.stop.metric
     if wanted is None:
         return
-    base = from_rank_zero(lambda: task_results(run.folder)).get("base")
+    base = from_rank_zero(lambda: task_results(run.folder, _asked(run))).get("base")
     if base is None:
         raise ValueError(
-            f"evaluate.stop.metric is {wanted}, but this run began without evaluate.tasks, so that nothing is known of "
-            "the base model: set it to null, or start in another run_dir"
+            f"evaluate.stop.metric is {wanted}, but the base model was not asked with the same evaluate.limit, "
+            "shots, context, chat and task_path: set it to null, or start in another run_dir"
         )
     evaluation.metric(base, wanted)
 
 
-def task_results(run_dir: Path) -> dict[str, dict[str, dict]]:
-    """By model (base, a stage's name, shifted) and task what the rows of kind `task` say; the newest counts."""
+def _asked(run: Run) -> dict:
+    """What of the config makes the scores of two models comparable."""
+    how = run.config.evaluate
+    return {key: getattr(how, key) for key in ("task_path", "limit", "shots", "context")} | {"chat": str(how.chat)}
+
+
+def task_results(run_dir: Path, asked: dict | None = None) -> dict[str, dict[str, dict]]:
+    """By model (base, a stage's name, shifted) and task what the rows of kind `task` say; the newest counts.
+
+    `asked`: only rows with these settings.
+    """
     found: dict[str, dict[str, dict]] = {}
     for row in read_metrics(run_dir):
-        if row["kind"] == "task":
+        if row["kind"] == "task" and (asked or {}).items() <= row["settings"].items():
             found.setdefault(row["evaluated"], {})[row["task"]] = row["result"]
     return found

@@ -81,8 +81,8 @@ def shift(
     `how.threshold`: that threshold. `how.budget`: the largest one, found by doubling from how.start and how.refinements
     bisections, whose perplexity on `rows` is at most (1 + budget) times that of the model as it came; the model stays
     as it came if none is. `how.granularity` layer or neuron: the model stays as it came, and the thresholds that take
-    the most zeros within the same budget are returned, to be tried (`allocation.cut_apart`) and folded. `report` is
-    called with each point, `progress` as by `measure`. Every rank of a process group has to call it.
+    the most zeros within the same budget, if any do, are returned, to be tried (`allocation.cut_apart`) and folded.
+    `report` is called with each point, `progress` as by `measure`. Every rank of a process group has to call it.
     Raises ValueError if the model's activation has no threshold, or one above how.threshold.
     """
     first = sparse_ffns(model)[0]
@@ -142,6 +142,7 @@ def _allocate(
 ) -> Shifted:
     """The largest price, to a sixteenth, whose thresholds keep the perplexity within `limit`."""
     costs = fisher_costs(model, rows, batch=batch, progress=progress)
+    start = sparse_ffns(model)[0].param
     tried: dict[float, Allocation] = {}
 
     def thresholds(exponent: float) -> list[Tensor]:
@@ -156,12 +157,24 @@ def _allocate(
         return result.perplexity <= limit
 
     spent, removed = (sum(part.sum().item() for part in parts) for parts in (costs.costs, costs.counts))
-    low = high = float(round(math.log2(spent / removed))) - 8  # the mean is of elements that are far too dear to cut
-    dearest = high + 40  # whoever bears a price of 2^40 times as much bears any
+    if removed == 0 or not 0 < spent < math.inf:
+        raise ValueError(
+            f"what zeros cost cannot be told: {removed:,.0f} active elements on the calibration rows cost {spent} "
+            "together: give other text, or a model whose loss is finite"
+        )
+    low = high = round(math.log2(spent / removed)) - 8.0  # the mean is of elements that are far too dear to cut
+    dearest, cheapest = (
+        high + 40,
+        low - 40,
+    )  # whoever bears 2^40 times as much bears any price; whoever not as little, none
     while high < dearest and fits(high):
         low, high = high, high + 2
-    while high == low and not fits(low := low - 2):
+    while high == low and low > cheapest and not fits(low := low - 2):
         high = low
+    shifted.allocations = [tried[key] for key in sorted(tried)]
+    if high == low:
+        shifted.threshold = start
+        return shifted
     while high - low > 1 / 16:
         middle = (low + high) / 2
         low, high = (middle, high) if fits(middle) else (low, middle)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prosparse.config import (
+    Auto,
     Dtype,
     Eval,
     Export,
@@ -54,53 +55,64 @@ def run_prepare(config: Prepare) -> dict:
 
 
 def run_measure(config: Measure) -> dict:
+    """What is done stands in out/result.json after each text; `complete` is false until all is."""
     from prosparse.activity import Activity, save_neurons
-    from prosparse.ffn import activation_of, find_ffns
+    from prosparse.ffn import activation_of, down_weights, find_ffns
     from prosparse.group import from_rank_zero, rank_and_world
     from prosparse.sparsity import cett_curve, measure, pooled, spread, top_k_curve
 
     out = _claim(config.out)
-    model, tokenizer = _open(config)
-    layers = len(find_ffns(model))
+    model, tokenizer = _open(config, together=True)
+    if config.neurons or (config.curves and config.cett_percent is not None):
+        try:
+            down_weights(model)
+        except ValueError as error:
+            raise ValueError(f"{error}: set neurons=false, and with curves=true cett_percent=null") from error
     alone = Text(config.text or "", config.held_out, config.column, config.rows)
     texts = config.texts or {"text" if config.text is None else Path(config.text).stem: alone}
-    measured, activities, rows = {}, {}, {}
+    rows, chosen = {}, {}
     for name, text in texts.items():
-        rows[name] = from_rank_zero(partial(_rows, config, tokenizer, text.held_out, text.path, text.column))
-        activities[name] = Activity(layers)
-        chosen = spread(len(rows[name]), text.rows)
-        measured[name] = measure(
-            model, rows[name], batch=config.batch, indices=chosen, activity=activities[name], progress=_bar(name)
-        )
-    whole = sum(list(activities.values())[1:], start=next(iter(activities.values())))
+        try:
+            rows[name] = from_rank_zero(partial(_rows, config, model, tokenizer, text.held_out, text.path, text.column))
+        except ValueError as error:
+            raise ValueError(f"{f'texts.{name}: ' * bool(config.texts)}{error}") from error
+        chosen[name] = spread(len(rows[name]), text.rows)
     activation, param = activation_of(model)
-    result: dict = pooled(list(measured.values())).to_dict() | whole.to_dict()
-    result |= {"activation": {"name": activation, "param": param}, "cett": None, "top_k": None}
-    result["texts"] = {
-        name: {"text": text.path, "held_out": text.held_out, "rows": len(spread(len(rows[name]), text.rows))}
-        | measured[name].to_dict()
-        | activities[name].to_dict()
-        for name, text in texts.items()
-    }
-    if config.curves:
-        name = next(iter(texts))
-        chosen = spread(len(rows[name]), texts[name].rows)
-        how: dict = {"batch": config.batch, "indices": [chosen[i] for i in spread(len(chosen), config.curve_rows)]}
-        curve = top_k_curve(model, rows[name], config.top_k, **how, progress=_bar("top-k"))
-        result["top_k"] = [point | {"text": name} for point in curve]
-        if config.cett_percent is not None:
-            cett = cett_curve(model, rows[name], config.cett_percent, **how, progress=_bar("CETT"))
-            result["cett"] = {"text": name} | cett
-    rank, ranks = rank_and_world()
-    if out is not None and config.neurons and rank == 0:
-        result["neurons"] = save_neurons(activities, out)
     asked = {key: getattr(config, key) for key in ("checkpoint", "text", "held_out", "context", "batch")}
-    result |= asked | {"bos": str(config.bos), "ranks": ranks, **_conditions(config, model)}
-    if out is not None and rank == 0:
-        _write_result(out, result)
-    for name, seen in result["texts"].items():
+    rank, ranks = rank_and_world()
+    result: dict = {"complete": False, **asked, "bos": str(_bos(config, model, tokenizer)), "ranks": ranks}
+    result |= {**_conditions(config, model), "activation": {"name": activation, "param": param}}
+    result |= {"texts": {}, "cett": None, "top_k": None}
+    measured, activities = [], {}
+
+    def keep() -> None:
+        if out is not None and rank == 0:
+            _write_result(out, result)
+
+    for name, text in texts.items():
+        activities[name] = Activity(len(find_ffns(model)))
+        how: dict = {"batch": config.batch, "indices": chosen[name], "activity": activities[name]}
+        measured.append(measure(model, rows[name], **how, progress=_bar(name)))
+        seen = {"text": text.path, "held_out": text.held_out, "rows": len(chosen[name])}
+        seen |= measured[-1].to_dict() | activities[name].to_dict()
+        result["texts"][name] = seen
+        whole = sum(list(activities.values())[1:], start=next(iter(activities.values())))
+        result |= pooled(measured).to_dict() | whole.to_dict()
         found = f"perplexity {seen['perplexity']:.3f}  sparsity {seen['sparsity']:.2%}"
         _say(f"{name:<12} {found}  on {seen['tokens']:,} tokens")
+        keep()
+    if config.curves:
+        name = next(iter(texts))
+        few = [chosen[name][i] for i in spread(len(chosen[name]), config.curve_rows)]
+        curve = top_k_curve(model, rows[name], config.top_k, batch=config.batch, indices=few, progress=_bar("top-k"))
+        result["top_k"] = [point | {"text": name} for point in curve]
+        if config.cett_percent is not None:
+            how = {"batch": config.batch, "indices": few, "progress": _bar("CETT")}
+            result["cett"] = {"text": name} | cett_curve(model, rows[name], config.cett_percent, **how)
+    if out is not None and config.neurons and rank == 0:
+        result["neurons"] = save_neurons(activities, out)
+    result["complete"] = True
+    keep()
     return result
 
 
@@ -109,7 +121,8 @@ def run_predict(config: Predict) -> dict:
     from prosparse.predictor import predict
 
     model, tokenizer = _open(config)
-    how: dict = {key: getattr(config, key) for key in ("bos", "column", "cache", "held_out")}
+    how: dict = {key: getattr(config, key) for key in ("column", "cache", "held_out")}
+    how["bos"] = _bos(config, model, tokenizer)
     rows: Any = text_splits(config.text, tokenizer, config.context, **how)
     asked = {key: getattr(config, key) for key in ("checkpoint", "text", "held_out", "context", "top")}
     result = predict(model, rows[0], rows[1], config) | asked | _conditions(config, model)
@@ -128,7 +141,7 @@ def run_shift(config: ShiftCheckpoint) -> dict:
 
     model, tokenizer = _open(config)
     substitute(model, *activation_of(model))
-    rows = _rows(config, tokenizer, None)
+    rows = _rows(config, model, tokenizer, None)
     chosen = [rows[i] for i in spread(len(rows), config.calibration_rows)]
     report = lambda point: print(point, file=sys.stderr)  # noqa: E731
     shifted = shift(model, chosen, config, batch=config.batch, report=report, progress=_bar("calibration"))
@@ -180,7 +193,7 @@ def _export_powerinfer(config: Export, model: Any, tokenizer: Any) -> dict:
     from prosparse.sparsity import spread
 
     assert config.predictors is not None
-    rows = None if config.text is None else _rows(config, tokenizer, None)
+    rows = None if config.text is None else _rows(config, model, tokenizer, None)
     chosen = None if rows is None else [rows[i] for i in spread(len(rows), config.rows)]
     how: dict = {
         "quantization": config.quantization,
@@ -216,12 +229,12 @@ def run_eval(config: Eval) -> dict:
     from prosparse.group import rank_and_world
 
     out = _claim(config.out)
-    model, tokenizer = _open(config)
+    model, tokenizer = _open(config, together=True)
     bos = evaluation.starts_with_bos(model.config, tokenizer, config.bos, config.checkpoint)
     asked = ("checkpoint", "limit", "shots", "batch", "context", "task_path")
     result: dict[str, Any] = {"tasks": {}, "suites": {}, "complete": False, "remaining": [], "error": None}
     result |= {key: getattr(config, key) for key in asked}
-    result |= {"chat": str(config.chat), "bos": bos, **_conditions(config, model), "notes": []}
+    result |= {"chat": str(config.chat), "bos": bos, **_conditions(config, model), "notes": evaluation.notes(config)}
 
     def keep(error: BaseException | None = None) -> None:
         if error is not None:
@@ -237,13 +250,12 @@ def run_eval(config: Eval) -> dict:
         keep()
         _say(evaluation.line(name, told))
 
-    keep()
     try:
         evaluation.evaluate(model, tokenizer, config, bos=bos, tell=tell)
     except BaseException as error:
-        keep(error)
+        if result["tasks"]:  # else an earlier result stays
+            keep(error)
         raise
-    result["notes"] = evaluation.notes(config)
     keep()
     for suite, said in result["suites"].items():
         _say(f"{suite}: {said['average']}")
@@ -281,8 +293,8 @@ RUN: dict[str, Callable[[Any], dict]] = {
 }
 
 
-def _open(config: Opens, dtype: Dtype | None = None) -> tuple[Any, Any]:
-    """(model, tokenizer) of config.checkpoint, on this rank's device."""
+def _open(config: Opens, dtype: Dtype | None = None, together: bool = False) -> tuple[Any, Any]:
+    """(model, tokenizer) of config.checkpoint, on this rank's device; `together`: the verb shares work among ranks."""
     import torch
 
     from prosparse.models.load import load_model, load_tokenizer
@@ -291,6 +303,8 @@ def _open(config: Opens, dtype: Dtype | None = None) -> tuple[Any, Any]:
     if int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
         from prosparse.group import start_group
 
+        if not together:
+            raise ValueError("only train, measure and eval share their work among ranks: start this without a launcher")
         *_, device = start_group(config.device, config.threads, seed=0)
     else:
         if config.threads is not None:
@@ -302,15 +316,27 @@ def _open(config: Opens, dtype: Dtype | None = None) -> tuple[Any, Any]:
     return model, load_tokenizer(config.checkpoint, **trust)
 
 
+def _bos(config: Reads, model: Any, tokenizer: Any) -> Auto:
+    """auto where documents begin with BOS: as the model was trained, unless config.bos is none."""
+    from prosparse.evaluation import starts_with_bos
+
+    return Auto.auto if starts_with_bos(model.config, tokenizer, config.bos, config.checkpoint) else Auto.none
+
+
 def _rows(
-    config: Reads, tokenizer: Any, held_out: float | None, text: str | None = None, column: str | None = None
+    config: Reads,
+    model: Any,
+    tokenizer: Any,
+    held_out: float | None,
+    text: str | None = None,
+    column: str | None = None,
 ) -> Any:
     """The rows of config.text, or of another text."""
     from prosparse.data import text_rows
 
     text = text or config.text
-    how: dict = {"bos": config.bos, "column": column or config.column, "cache": config.cache}
-    return text_rows(text, tokenizer, config.context, **how, held_out=held_out)
+    how: dict = {"column": column or config.column, "cache": config.cache, "held_out": held_out}
+    return text_rows(text, tokenizer, config.context, bos=_bos(config, model, tokenizer), **how)
 
 
 def _say(line: str) -> None:
@@ -346,9 +372,11 @@ def _dtype(dtype: Dtype) -> Any:
 
 
 def _conditions(config: Opens, model: Any) -> dict:
+    from prosparse.models.load import locate
     from prosparse.telemetry import command
 
-    return {"dtype": str(config.dtype), "device": str(model.device), "command": command()}
+    opened = str(locate(config.checkpoint))  # a run folder stands for its model or its newest checkpoint
+    return {"opened": opened, "dtype": str(config.dtype), "device": str(model.device), "command": command()}
 
 
 def _claim(out: str | None) -> Path | None:

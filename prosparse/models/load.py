@@ -52,7 +52,7 @@ def load_model(
     DeepSpeed's device. GGUF files and checkpoints are loaded whole. Raises ValueError that names the source if it does
     not exist, cannot be read, is damaged, or lacks weights.
     """
-    place = _locate(source)
+    place = locate(source)
     model: Any
     if isinstance(place, Path) and place.is_file():
         model = _load_gguf(place, dtype, attention)
@@ -102,7 +102,7 @@ def load_config(
     source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
     """The config of the model in `source`; of a run's checkpoint that of its base model, before the substitution."""
-    place = _locate(source)
+    place = locate(source)
     with _one_line(source):
         if isinstance(place, Path) and place.is_file():
             with _quiet():
@@ -118,7 +118,7 @@ def load_tokenizer(
     source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer in `source`; raises ValueError that names the source if there is none."""
-    place = _locate(source)
+    place = locate(source)
     with _one_line(source):
         if isinstance(place, Path) and place.is_file():
             with _quiet():
@@ -186,7 +186,7 @@ def _load_checkpoint(folder: Path, manifest: dict, dtype: torch.dtype, attention
     return model
 
 
-def _locate(source: str | Path) -> str | Path:
+def locate(source: str | Path) -> str | Path:
     """A Hub name as it is, anything else as the path of a .gguf file, a Hugging Face folder or a run's checkpoint."""
     name = str(source)
     if name.startswith(PACKAGE):
