@@ -12,4 +12,9 @@ export DS_ACCELERATOR=cpu # the ranks of these tests share one machine, GPUs or 
 part format ruff format --check .
 part lint ruff check .
 part types mypy
-part tests python -m pytest "$@"
+if [ $# -gt 0 ]; then
+    part tests python -m pytest "$@"
+else # those that start groups of ranks take both cores of a small machine by themselves
+    part units python -m pytest -n 2 --dist loadfile --ignore tests/distributed --ignore tests/faults
+    part ranks python -m pytest tests/distributed tests/faults
+fi

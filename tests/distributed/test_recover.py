@@ -12,7 +12,7 @@ from prosparse import load_model
 from prosparse.cli import compose
 from prosparse.schedule import learning_rate, scaled, spans
 
-GRANULARITIES = ("model", "neuron")
+GRANULARITIES = (pytest.param("model", marks=pytest.mark.slow), "neuron")
 
 
 def settings(tiny, run_dir, granularity: str) -> list[str]:
@@ -66,6 +66,7 @@ def test_a_resume_within_the_recovery_is_bit_equal(run, tiny, tmp_path):
     assert {name: row["loss"] for name, row in seen.items()} == {name: row["loss"] for name, row in before.items()}
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_before_the_shift_or_at_it_ends_the_same(run, tiny, tmp_path):
     folder, granularity, _ = run
     for until in ("hold", "shift"):

@@ -84,6 +84,7 @@ def test_evaluating_changes_nothing_of_the_training_and_a_stop_rule_has_to_be_th
     assert "this run began without evaluate.tasks" in said
 
 
+@pytest.mark.slow
 def test_under_zero_3_the_ranks_answer_the_same(go):
     go("zero3", "zero=zero3", "until=substitution", "evaluate.batch=3")  # three batches of each task for two ranks
     found, known = scores(go.root / "zero3"), scores(go.root / "whole")
