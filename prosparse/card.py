@@ -225,9 +225,14 @@ def _training(record: Record) -> str:
     )
     shift = report.get("shift")
     if shift:
+        granularity, folded = shift.get("granularity") or "model", shift.get("folded")
         budget = shift.get("budget")
-        how = "given" if budget is None else f"the largest tried that keeps perplexity within {100 * budget:g} %"
-        told += f"\n\nShift: threshold {shift['threshold']:.6g}, {how}, on {shift['tokens']:,} calibration tokens."
+        what, most = f"threshold {shift['threshold']:.6g}", "the largest tried that keeps"
+        if granularity != "model":
+            what, most = f"thresholds by {granularity}", "the sparsest tried that keep"
+        how = "given" if budget is None else f"{most} perplexity within {100 * budget:g} %"
+        what += f", folded into {folded['threshold']:.6g} for the whole model" if folded else ""
+        told += f"\n\nShift: {what}, {how}, on {shift['tokens']:,} calibration tokens."
     return (
         told if report.get("control") != str(Control.silu_continued) else told + "\n\nWithout any L1 penalty (control)."
     )

@@ -368,6 +368,15 @@ def task_figures(result: dict[str, Any]) -> list[tuple[str, str, str]]:
 # --- figures as text --------------------------------------------------------------------------------------------------
 
 
+def threshold_of(shift: dict[str, Any], model: str) -> str:
+    """The threshold of a shifted model; of one with many by what they go, and of one that is folded the folded one."""
+    granularity = shift.get("granularity") or "model"
+    folded = shift.get("folded") if model == "exported" else None
+    if granularity != "model" and folded is None:
+        return f"by {granularity}"
+    return number((folded or shift)["threshold"], ".4g")
+
+
 def number(value: float | None, form: str, unit: str = "") -> str:
     return "-" if value is None or not isfinite(value) else f"{value:{form}}{unit}"
 

@@ -14,7 +14,18 @@ from prosparse import plotting
 from prosparse.card import CARD, run_card
 from prosparse.config import Control
 from prosparse.page import Table, page
-from prosparse.records import FINISHED, Record, controls, number, percent, read_run, stages, task_figures, texts_of
+from prosparse.records import (
+    FINISHED,
+    Record,
+    controls,
+    number,
+    percent,
+    read_run,
+    stages,
+    task_figures,
+    texts_of,
+    threshold_of,
+)
 from prosparse.telemetry import duration, redact, strict_json, write_atomically
 
 # --- the table of one training ----------------------------------------------------------------------------------------
@@ -32,11 +43,11 @@ def table(report: dict[str, Any]) -> str:
     lines = [caption, trained + control, "", header, "-" * len(header)]
     base = models.get("base", {}).get("perplexity")
     for name, model in models.items():
-        after = name in ("shifted", "recovered", "exported") and report.get("shift")
+        shift = report.get("shift") if name in ("shifted", "recovered", "exported") else None
         perplexity = model["perplexity"]
         lines.append(
             f"{name:<12} {number(perplexity, '.3f'):>11} {number(_ratio(perplexity, base), '.4f'):>8} "
-            f"{percent(model['sparsity']):>9} {number(report['shift']['threshold'] if after else None, '.4g'):>10}"
+            f"{percent(model['sparsity']):>9} {threshold_of(shift, name) if shift else '-':>10}"
         )
     lines += _task_lines(report.get("tasks", {}))
     return "\n".join(lines + [""] * bool(report["notes"]) + [f"note: {note}" for note in report["notes"]])
@@ -187,6 +198,9 @@ def _activation(record: Record, name: str, model: dict[str, Any]) -> str | None:
     if name == "base":
         return None
     if name in ("shifted", "recovered", "exported"):
+        shift = record.report.get("shift") or {}
+        if name != "exported" and (shift.get("granularity") or "model") != "model":
+            return f"{export['activation']} {threshold_of(shift, name)}" if export else threshold_of(shift, name)
         return _threshold(export["activation"], export["param"]) if export else None
     if record.report.get("control") == str(Control.silu_continued):
         return export.get("activation")

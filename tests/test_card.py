@@ -78,6 +78,14 @@ def test_the_card_tells_stages_chat_template_limits_and_citation(run_dir):
     assert "which is not sparse" in stock and "trust_remote_code" not in stock and "None: the model continues" in stock
 
 
+def test_the_card_of_folded_thresholds_has_the_one_that_the_model_has(run_dir):
+    record = read_run(run_dir)
+    record.report["shift"] |= {"granularity": "neuron", "folded": {"threshold": 0.0625}}
+    card = run_card(record)
+    assert "Shift: thresholds by neuron, folded into 0.0625 for the whole model, the sparsest tried" in card
+    assert "threshold 0.02" not in card.split("## Training")[1]
+
+
 def test_measurements_and_tasks_of_the_model_stand_in_its_card(run_dir, tmp_path):
     record = read_run(run_dir)
     paths = [

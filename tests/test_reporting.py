@@ -87,6 +87,18 @@ def test_the_table_shows_every_model_present_with_its_conditions(report):
     assert text.endswith("\n\nnote: made for a test")
 
 
+FOLDED = {"threshold": 0.0625, "silenced": 3}
+
+
+def test_thresholds_by_neuron_are_named_by_neuron_until_they_are_folded_into_another(run_dir, report):
+    report["shift"] |= {"granularity": "neuron", "folded": FOLDED}
+    report["export"] |= {"param": 0.0625}
+    told = {line.split()[0]: line.split("%")[1].strip() for line in table(report).splitlines() if line[5:].count("%")}
+    assert (told["trained"], told["shifted"], told["exported"]) == ("-", "by neuron", "0.0625")
+    rows, _ = compare([read_run(run_dir, report=report)])
+    assert cells(rows[-2:], "model", "activation") == [("shifted", "fatrelu by neuron"), ("exported", "fatrelu 0.0625")]
+
+
 def test_the_table_of_a_control_names_it_and_leaves_out_what_is_missing(report):
     report |= {"control": "silu_continued", "shift": None, "notes": []}
     report["models"] = {"base": model(20.0, 0.05), "trained": model(float("nan"), 0.06) | {"tokens": 1024}}
