@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from prosparse.checkpoint import find, read_manifest
 from prosparse.config import Control
 from prosparse.records import Record, label, number, percent, read_run, stages, task_figures, texts_of
 from prosparse.telemetry import redact, versions
@@ -44,21 +45,36 @@ def checkpoint_card(checkpoint: str, figures: Sequence[dict[str, Any]] | None = 
 
     figures: measured on the very model that is exported; None: those that a run's own files have of it.
     """
-    record = _record_of(Path(checkpoint).expanduser())
-    name = None if record is None else label(checkpoint, [record])["model"]
+    place = Path(checkpoint).expanduser()
+    record = _record_of(place)
+    if record is not None and record.folder == place and not (place / "model" / "config.json").is_file():
+        place = find(place) or place  # what is opened where a run has not ended
+    name = None if record is None else label(str(place), [record], str(place / "model"))["model"]
     if record is not None and name != "exported":
-        record.report = record.report | {"shift": None}  # which came after this checkpoint
+        name = _cut(record, place) if str(name).startswith("step ") else None
 
     def card(exported: dict[str, Any]) -> str:
         known = list(figures or [])
         if record is not None and figures is None and exported["format"] != "powerinfer":  # which has other numbers
-            last = f"step {record.report.get('steps')}"
-            known = [
-                _figure(record, part) for part in ("base", "trained" if name == last else name) if part in record.models
-            ]
+            known = [_figure(record, part) for part in ("base", name) if part in record.models]
         return model_card(exported, known, record, source=checkpoint)
 
     return card
+
+
+def _cut(record: Record, checkpoint: Path) -> str | None:
+    """Leave of the record what had been when `checkpoint` was saved; the name that the run measured that model by."""
+    last, step = record.report.get("steps"), int(checkpoint.name.removeprefix("step-"))
+    try:
+        shift = read_manifest(checkpoint).get("shift")
+    except ValueError:  # whoever opens it says so
+        shift = None
+    record.rows = [row for row in record.rows if row["step"] <= step]
+    read = {row["step"]: row.get("tokens") for row in record.train_rows}
+    tokens = record.report.get("tokens_trained") if step == last else read.get(step)
+    record.report = record.report | {"shift": shift or None, "steps": step, "tokens_trained": tokens}
+    names = ("recovered", "shifted") if shift else ("trained",)
+    return next((name for name in names if record.models.get(name, {}).get("step", last) == step), None)
 
 
 def _record_of(path: Path) -> Record | None:

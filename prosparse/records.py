@@ -307,7 +307,7 @@ def read_results(paths: Sequence[str], records: Sequence[Record]) -> tuple[list[
             raise ValueError(
                 f"measures: {file} cannot be used ({reason}): give folders of prosparse measure or eval"
             ) from error
-        result["model"] = label(checkpoint, records)
+        result["model"] = label(checkpoint, records, result.get("opened"))
         if "tasks" in result:
             evaluated.append(result)
         elif "perplexity" in result and "sparsity" in result:
@@ -319,18 +319,20 @@ def read_results(paths: Sequence[str], records: Sequence[Record]) -> tuple[list[
     return measured, evaluated
 
 
-def label(checkpoint: str, records: Sequence[Record]) -> dict[str, str | None]:
-    """Which run and which of its models `checkpoint` names: {"run", "model"}; run None for any other model."""
+def label(checkpoint: str, records: Sequence[Record], opened: str | None = None) -> dict[str, str | None]:
+    """Which run and which of its models `checkpoint` names: {"run", "model"}; run None for any other model.
+
+    opened: the folder in which the model was found; of a run folder nothing else tells a model/ from a checkpoint.
+    """
     for record in records:
         if checkpoint == record.source:
             return {"run": None, "model": "base"}
         inside = _inside(checkpoint, record)
         if inside is not None:
-            step = inside.name.removeprefix("step-")
-            part = (
-                f"step {int(step)}" if step.isdecimal() else "exported" if inside.name in ("", "model") else str(inside)
-            )
-            return {"run": record.name, "model": part}
+            name = inside.name or PurePath(opened or "").name
+            step = name.removeprefix("step-")
+            part = f"step {int(step)}" if step.isdecimal() else "exported" if name == "model" else str(inside)
+            return {"run": record.name, "model": "of an unknown step" if not name else part}
     return {"run": None, "model": checkpoint}
 
 

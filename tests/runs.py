@@ -97,6 +97,7 @@ def a_measurement(folder: Path, checkpoint: str, perplexity: float, sparsity: fl
     cett = {"percent": 1.0, "text": "code", "tokens": 16384, "cett": 0.13, "sparsity": 0.85}
     result = {
         "checkpoint": checkpoint,
+        "opened": f"/anywhere/{checkpoint}" + "/model" * (checkpoint == "runs/" + Path(checkpoint).name),
         "command": f"prosparse measure checkpoint={checkpoint}",
         "dtype": "bf16",
         "device": "cpu",
