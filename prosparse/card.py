@@ -13,7 +13,7 @@ from huggingface_hub import ModelCardData
 
 from prosparse.checkpoint import find, read_manifest
 from prosparse.config import Control
-from prosparse.records import Record, label, number, percent, read_run, stages, task_figures, texts_of
+from prosparse.records import Record, label, number, percent, read_run, stages, task_figures, texts_of, training_tasks
 from prosparse.telemetry import redact, versions
 
 CARD = "README.md"
@@ -37,7 +37,7 @@ def run_card(record: Record, measured: Sequence[dict[str, Any]] = (), evaluated:
             name = "base" if result["model"]["model"] == "base" else "this model"
             figures.append({**result, "model": name, "text": texts_of(result)})
     own = [result for result in evaluated if result["model"] == {"run": record.name, "model": "exported"}]
-    return model_card(record.report["export"], figures, record, own)
+    return model_card(record.report["export"], figures, record, _own_tasks(record, "exported") + own)
 
 
 def checkpoint_card(checkpoint: str, figures: Sequence[dict[str, Any]] | None = None) -> Callable[[dict], str]:
@@ -54,12 +54,26 @@ def checkpoint_card(checkpoint: str, figures: Sequence[dict[str, Any]] | None = 
         name = _cut(record, place) if str(name).startswith("step ") else None
 
     def card(exported: dict[str, Any]) -> str:
-        known = list(figures or [])
+        known, tasks = list(figures or []), []
         if record is not None and figures is None and exported["format"] != "powerinfer":  # which has other numbers
             known = [_figure(record, part) for part in ("base", name) if part in record.models]
-        return model_card(exported, known, record, source=checkpoint)
+            tasks = _own_tasks(record, name)
+        return model_card(exported, known, record, tasks, source=checkpoint)
 
     return card
+
+
+def _own_tasks(record: Record, name: str | None) -> list[dict[str, Any]]:
+    """What the training scored with its base and with the model `name`, as it was before any export."""
+    if name == "exported":
+        name = next((made for made in ("recovered", "shifted") if made in record.models), "trained")
+    stage = record.train_rows[-1]["stage"] if record.train_rows else None
+    found = training_tasks(record)
+    key = {"shifted": "shifted", "trained": stage, "recovered": stage}.get(name or "")
+    if key is None or key not in found:
+        return []
+    models = {"base": found.get("base"), "this model, in training": found[key]}
+    return [{**result, "model": {"run": None, "model": told}} for told, result in models.items() if result is not None]
 
 
 def _cut(record: Record, checkpoint: Path) -> str | None:
@@ -204,8 +218,16 @@ def _measured(figures: Sequence[dict[str, Any]], record: Record | None, evaluate
         notes = record.report.get("notes") or [] if record is not None else []
         text += "".join(f"\n\nNote: {note}." for note in notes)
     for result in evaluated:
-        rows = [list(row) for row in task_figures(result)]
-        text += f"\n\n{_table(['task', 'metric', 'value'], rows)}\n\nCommand: `{result.get('command', 'not recorded')}`"
+        model = "this model" if result["model"]["run"] else result["model"]["model"]
+        rows = []
+        for task, metric, value in task_figures(result):
+            made = result["tasks"].get(task) or {}  # a suite has none
+            counts = [number(made.get(key), ",") for key in ("shots", "samples", "tokens")]
+            if metric != "items":
+                rows.append([model, task, metric, value, *counts, result.get("dtype") or "-"])
+        headings = ["model", "task", "metric", "value", "shots", "items", "tokens", "dtype"]
+        text += f"\n\n{_table(headings, rows)}\n\nCommand: `{result.get('command', 'not recorded')}`"
+        text += "".join(f"\n\nNote: {note}." for note in result.get("notes") or [])
         text += "\n\nNot all of these tasks were run to their end." * (result.get("complete") is False)
     return text
 
