@@ -11,8 +11,9 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from prosparse.checkpoint import find, read_manifest
 from prosparse.config import Control
-from prosparse.records import Record, label, number, percent, read_run, stages, task_figures, texts_of
+from prosparse.records import Record, label, number, percent, read_run, stages, task_figures, texts_of, training_tasks
 from prosparse.telemetry import redact, versions
 
 CARD = "README.md"
@@ -36,7 +37,7 @@ def run_card(record: Record, measured: Sequence[dict[str, Any]] = (), evaluated:
             name = "base" if result["model"]["model"] == "base" else "this model"
             figures.append({**result, "model": name, "text": texts_of(result)})
     own = [result for result in evaluated if result["model"] == {"run": record.name, "model": "exported"}]
-    return model_card(record.report["export"], figures, record, own)
+    return model_card(record.report["export"], figures, record, _own_tasks(record, "exported") + own)
 
 
 def checkpoint_card(checkpoint: str, figures: Sequence[dict[str, Any]] | None = None) -> Callable[[dict], str]:
@@ -44,21 +45,50 @@ def checkpoint_card(checkpoint: str, figures: Sequence[dict[str, Any]] | None = 
 
     figures: measured on the very model that is exported; None: those that a run's own files have of it.
     """
-    record = _record_of(Path(checkpoint).expanduser())
-    name = None if record is None else label(checkpoint, [record])["model"]
+    place = Path(checkpoint).expanduser()
+    record = _record_of(place)
+    if record is not None and record.folder == place and not (place / "model" / "config.json").is_file():
+        place = find(place) or place  # what is opened where a run has not ended
+    name = None if record is None else label(str(place), [record], str(place / "model"))["model"]
     if record is not None and name != "exported":
-        record.report = record.report | {"shift": None}  # which came after this checkpoint
+        name = _cut(record, place) if str(name).startswith("step ") else None
 
     def card(exported: dict[str, Any]) -> str:
-        known = list(figures or [])
+        known, tasks = list(figures or []), []
         if record is not None and figures is None and exported["format"] != "powerinfer":  # which has other numbers
-            last = f"step {record.report.get('steps')}"
-            known = [
-                _figure(record, part) for part in ("base", "trained" if name == last else name) if part in record.models
-            ]
-        return model_card(exported, known, record, source=checkpoint)
+            known = [_figure(record, part) for part in ("base", name) if part in record.models]
+            tasks = _own_tasks(record, name)
+        return model_card(exported, known, record, tasks, source=checkpoint)
 
     return card
+
+
+def _own_tasks(record: Record, name: str | None) -> list[dict[str, Any]]:
+    """What the training scored with its base and with the model `name`, as it was before any export."""
+    if name == "exported":
+        name = next((made for made in ("recovered", "shifted") if made in record.models), "trained")
+    stage = record.train_rows[-1]["stage"] if record.train_rows else None
+    found = training_tasks(record)
+    key = {"shifted": "shifted", "trained": stage, "recovered": stage}.get(name or "")
+    if key is None or key not in found:
+        return []
+    models = {"base": found.get("base"), "this model, in training": found[key]}
+    return [{**result, "model": {"run": None, "model": told}} for told, result in models.items() if result is not None]
+
+
+def _cut(record: Record, checkpoint: Path) -> str | None:
+    """Leave of the record what had been when `checkpoint` was saved; the name that the run measured that model by."""
+    last, step = record.report.get("steps"), int(checkpoint.name.removeprefix("step-"))
+    try:
+        shift = read_manifest(checkpoint).get("shift")
+    except ValueError:  # whoever opens it says so
+        shift = None
+    record.rows = [row for row in record.rows if row["step"] <= step]
+    read = {row["step"]: row.get("tokens") for row in record.train_rows}
+    tokens = record.report.get("tokens_trained") if step == last else read.get(step)
+    record.report = record.report | {"shift": shift or None, "steps": step, "tokens_trained": tokens}
+    names = ("recovered", "shifted") if shift else ("trained",)
+    return next((name for name in names if record.models.get(name, {}).get("step", last) == step), None)
 
 
 def _record_of(path: Path) -> Record | None:
@@ -188,8 +218,16 @@ def _measured(figures: Sequence[dict[str, Any]], record: Record | None, evaluate
         notes = record.report.get("notes") or [] if record is not None else []
         text += "".join(f"\n\nNote: {note}." for note in notes)
     for result in evaluated:
-        rows = [list(row) for row in task_figures(result)]
-        text += f"\n\n{_table(['task', 'metric', 'value'], rows)}\n\nCommand: `{result.get('command', 'not recorded')}`"
+        model = "this model" if result["model"]["run"] else result["model"]["model"]
+        rows = []
+        for task, metric, value in task_figures(result):
+            made = result["tasks"].get(task) or {}  # a suite has none
+            counts = [number(made.get(key), ",") for key in ("shots", "samples", "tokens")]
+            if metric != "items":
+                rows.append([model, task, metric, value, *counts, result.get("dtype") or "-"])
+        headings = ["model", "task", "metric", "value", "shots", "items", "tokens", "dtype"]
+        text += f"\n\n{_table(headings, rows)}\n\nCommand: `{result.get('command', 'not recorded')}`"
+        text += "".join(f"\n\nNote: {note}." for note in result.get("notes") or [])
         text += "\n\nNot all of these tasks were run to their end." * (result.get("complete") is False)
     return text
 

@@ -130,6 +130,7 @@ def _whole(row: Any) -> bool:
     needed = {
         "train": ("step", "stage", "loss", "sparsity"),
         "evaluation": ("step", "perplexity", "sparsity", "tokens"),
+        "task": ("step", "evaluated", "task", "result"),
     }
     return isinstance(row, dict) and "kind" in row and all(key in row for key in needed.get(row["kind"], ("step",)))
 
@@ -147,6 +148,10 @@ def _so_far(record: Record) -> dict[str, Any]:
         export = {"export": json.loads((record.folder / "model" / "result.json").read_text())}
     except (OSError, ValueError):
         export = {}
+    tasks: dict[str, dict] = {}
+    for row in record.rows:
+        if row["kind"] == "task":
+            tasks.setdefault(row["evaluated"], {})[row["task"]] = row["result"]
     return export | {
         "finished": False,
         "models": models,
@@ -162,6 +167,7 @@ def _so_far(record: Record) -> dict[str, Any]:
         "versions": config.get("versions", {}),
         "seconds": sum(row.get(key) or 0.0 for row in record.rows for key in ("step_seconds", "seconds")),
         "notes": [],
+        **({"tasks": tasks} if tasks else {}),
     }
 
 
@@ -307,7 +313,7 @@ def read_results(paths: Sequence[str], records: Sequence[Record]) -> tuple[list[
             raise ValueError(
                 f"measures: {file} cannot be used ({reason}): give folders of prosparse measure or eval"
             ) from error
-        result["model"] = label(checkpoint, records)
+        result["model"] = label(checkpoint, records, result.get("opened"))
         if "tasks" in result:
             evaluated.append(result)
         elif "perplexity" in result and "sparsity" in result:
@@ -319,18 +325,20 @@ def read_results(paths: Sequence[str], records: Sequence[Record]) -> tuple[list[
     return measured, evaluated
 
 
-def label(checkpoint: str, records: Sequence[Record]) -> dict[str, str | None]:
-    """Which run and which of its models `checkpoint` names: {"run", "model"}; run None for any other model."""
+def label(checkpoint: str, records: Sequence[Record], opened: str | None = None) -> dict[str, str | None]:
+    """Which run and which of its models `checkpoint` names: {"run", "model"}; run None for any other model.
+
+    opened: the folder in which the model was found; of a run folder nothing else tells a model/ from a checkpoint.
+    """
     for record in records:
         if checkpoint == record.source:
             return {"run": None, "model": "base"}
         inside = _inside(checkpoint, record)
         if inside is not None:
-            step = inside.name.removeprefix("step-")
-            part = (
-                f"step {int(step)}" if step.isdecimal() else "exported" if inside.name in ("", "model") else str(inside)
-            )
-            return {"run": record.name, "model": part}
+            name = inside.name or PurePath(opened or "").name
+            step = name.removeprefix("step-")
+            part = f"step {int(step)}" if step.isdecimal() else "exported" if name == "model" else str(inside)
+            return {"run": record.name, "model": "of an unknown step" if not name else part}
     return {"run": None, "model": checkpoint}
 
 
@@ -353,6 +361,16 @@ def texts_of(result: dict[str, Any]) -> str:
         source = path if name in ("", path) else f"{name} ({path})"
         told.append(source + (f", held-out {100 * share:g} %" if share else ""))
     return "; ".join(told)
+
+
+def training_tasks(record: Record) -> dict[str, dict[str, Any]]:
+    """What a training's models (base, one a stage, shifted) scored on tasks, by name, as results of `prosparse eval`."""
+    report = record.report
+    told = {key: report.get(key) for key in ("dtype", "device", "command")}
+    return {
+        name: {"model": {"run": record.name, "model": f"{name} (in training)"}, "tasks": tasks, **told}
+        for name, tasks in (report.get("tasks") or {}).items()
+    }
 
 
 def task_figures(result: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -25,6 +25,7 @@ from prosparse.records import (
     task_figures,
     texts_of,
     threshold_of,
+    training_tasks,
 )
 from prosparse.telemetry import duration, redact, strict_json, write_atomically
 
@@ -234,7 +235,8 @@ def tables(records: Sequence[Record], result: dict[str, Any]) -> list[Table]:
     cells = [[COLUMNS[key][1](row[key]) for key in keys] for row in named]
     found = [Table("Models", [COLUMNS[key][0] for key in keys], cells, notes)]
     found += [_stage_table(record) for record in records if stages(record)]
-    return found + _measure_tables(result["measures"]) + _evaluation_tables(result["evaluations"])
+    evaluated = [made for record in records for made in training_tasks(record).values()] + result["evaluations"]
+    return found + _measure_tables(result["measures"]) + _evaluation_tables(evaluated)
 
 
 def _stage_table(record: Record) -> Table:

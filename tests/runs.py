@@ -8,6 +8,14 @@ import yaml
 from prosparse.telemetry import Metrics
 
 SOURCE = "org/base"
+A_TASK = {
+    "metrics": {"acc": 0.3125, "acc_stderr": None},
+    "shots": 5,
+    "samples": 1200,
+    "sparsity": 0.7,
+    "tokens": 9,
+    "seconds": 1.0,
+}
 STAGES = ("substitution", "rise", "settle")
 
 
@@ -97,6 +105,7 @@ def a_measurement(folder: Path, checkpoint: str, perplexity: float, sparsity: fl
     cett = {"percent": 1.0, "text": "code", "tokens": 16384, "cett": 0.13, "sparsity": 0.85}
     result = {
         "checkpoint": checkpoint,
+        "opened": f"/anywhere/{checkpoint}" + "/model" * (checkpoint == "runs/" + Path(checkpoint).name),
         "command": f"prosparse measure checkpoint={checkpoint}",
         "dtype": "bf16",
         "device": "cpu",
@@ -117,14 +126,7 @@ def an_evaluation(folder: Path, checkpoint: str, complete: bool = True) -> Path:
     """The result of `prosparse eval`."""
     folder.mkdir()
     result = {"verb": "eval", "checkpoint": checkpoint, "command": "prosparse eval", "complete": complete}
-    task = {
-        "metrics": {"acc": 0.3125, "acc_stderr": None},
-        "samples": 1200,
-        "sparsity": 0.7,
-        "tokens": 9,
-        "seconds": 1.0,
-    }
-    result |= {"tasks": {"arc_easy": task}, "suites": {"prosparse": {"average": None}}}
-    result |= {"remaining": [] if complete else ["piqa"], "notes": ["made for a test"]}
+    result |= {"tasks": {"arc_easy": A_TASK}, "dtype": "bf16", "suites": {"prosparse": {"average": None}}}
+    result |= {"remaining": [] if complete else ["piqa"], "notes": ["made by hand"]}
     (folder / "result.json").write_text(json.dumps(result))
     return folder

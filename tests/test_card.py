@@ -1,20 +1,35 @@
 """A model card has what was measured and nothing else."""
 
+import json
 import re
 
 import pytest
 from huggingface_hub import ModelCard
 
+from prosparse import checkpoint
 from prosparse.card import checkpoint_card, model_card, run_card
 from prosparse.records import read_results, read_run
-from runs import SOURCE, a_measurement, a_report, a_run, an_evaluation
+from prosparse.reporting import tables, write
+from prosparse.telemetry import Metrics
+from runs import A_TASK, SOURCE, a_measurement, a_report, a_run, an_evaluation, model
 
 EXPORTED = a_report()["export"]
+TASKS = {"base": 0.7, "settle": 0.6, "shifted": 0.65}
 
 
 @pytest.fixture
 def run_dir(tmp_path):
     return a_run(tmp_path / "demo")
+
+
+def a_checkpoint(run_dir, step, **manifest):
+    """The manifest alone of a checkpoint."""
+    folder = run_dir / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest["format"] = checkpoint.FORMAT
+    told = manifest | {"xxh3_128": checkpoint._digest_of(manifest)}
+    (folder / "manifest.json").write_text(json.dumps(told))
+    return folder
 
 
 def numbers(value):
@@ -98,8 +113,33 @@ def test_measurements_and_tasks_of_the_model_stand_in_its_card(run_dir, tmp_path
         "| this model | 70.00 % | 24.125 | 32,768 | code (stdlib), held-out 2 %; wiki (wiki.txt) | bf16 | cpu |" in card
     )
     assert "99.000" not in card
-    assert "| arc_easy | acc | 0.3125 |" in card and "Not all of these tasks were run" in card
+    assert "| this model | arc_easy | acc | 0.3125 | 5 | 1,200 | 9 | bf16 |" in card
+    assert "Note: made by hand." in card and "Not all of these tasks were run" in card
     assert "No benchmark tasks" not in card
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_the_tasks_of_a_training_stand_in_the_card_of_its_model_and_of_the_base(run_dir, ended):
+    scores = {name: {"piqa": A_TASK | {"metrics": {"acc": acc}}} for name, acc in TASKS.items()}
+    path = run_dir / "report" / "report.json"
+    report = json.loads(path.read_text())
+    path.write_text(json.dumps(report | {"tasks": scores}))
+    if not ended:
+        path.unlink()
+        for name, result in scores.items():
+            row = {"kind": "task", "step": 12, "evaluated": name, "task": "piqa", "result": result["piqa"]}
+            Metrics(run_dir, 12).append(row)
+    record = read_run(run_dir)
+    (tasks,) = (made for made in tables([record], write([record], run_dir / "out")) if made.title == "Tasks")
+    assert tasks.headings[2:] == [f"demo, {name} (in training)" for name in TASKS]
+    if not ended:
+        return
+    for card in (run_card(record), checkpoint_card(str(run_dir))(EXPORTED)):
+        assert "| base | piqa | acc | 0.7000 | 5 |" in card and "No benchmark tasks" not in card
+        assert "| this model, in training | piqa | acc | 0.6500 | 5 |" in card and "0.6000" not in card
+    trained = checkpoint_card(str(a_checkpoint(run_dir, 12, shift=None)))(EXPORTED)
+    assert "| this model, in training | piqa | acc | 0.6000 |" in trained
+    assert "No benchmark tasks" in checkpoint_card(str(a_checkpoint(run_dir, 8, shift=None)))(EXPORTED)
 
 
 def test_a_checkpoint_has_the_figures_of_its_own_step_only(run_dir):
@@ -111,6 +151,27 @@ def test_a_checkpoint_has_the_figures_of_its_own_step_only(run_dir):
     assert 22.0 in measured(checkpoint_card(str(run_dir))(EXPORTED))
     quantized = {"format": "powerinfer", "activation": "relu", "files": ["m.gguf"], "out": "x"}
     assert "Nothing was measured on this model" in checkpoint_card(str(run_dir))(quantized)
+
+
+def test_the_card_of_a_recovered_checkpoint_has_its_own_figures_and_its_shift(run_dir):
+    path = run_dir / "report" / "report.json"
+    report = json.loads(path.read_text())
+    report["models"]["trained"]["step"] = report["models"]["shifted"]["step"] = 8
+    report["models"]["recovered"] = model(20.5, 0.75) | {"step": 12}
+    path.write_text(json.dumps(report))
+    last = a_checkpoint(run_dir, 12, shift=report["shift"])
+    card = checkpoint_card(str(last))(EXPORTED)
+    assert {20.5, 75.0} <= set(measured(card)) and not {21.0, 22.0} & set(measured(card))
+    assert "Shift: threshold 0.02" in card
+    before = checkpoint_card(str(a_checkpoint(run_dir, 8, shift=None)))(EXPORTED)
+    assert 21.0 in measured(before) and not {20.5, 22.0} & set(measured(before)) and "Shift:" not in before
+    assert 22.0 in measured(checkpoint_card(str(a_checkpoint(run_dir, 8, shift=report["shift"])))(EXPORTED))
+
+
+def test_the_card_of_an_earlier_checkpoint_tells_the_training_up_to_it(run_dir):
+    card = checkpoint_card(str(a_checkpoint(run_dir, 8, shift=None)))(EXPORTED)
+    assert "8,192 tokens in 8 steps" in card and "12,288 tokens" not in card
+    assert "| rise | sine | 0.3333 | 8 | 4,096 |" in card and "| settle | sine | not run | 12 | - |" in card
 
 
 def test_secrets_are_not_in_the_card(run_dir, monkeypatch):

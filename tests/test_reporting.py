@@ -12,7 +12,7 @@ from matplotlib.image import imread
 
 from prosparse import plotting
 from prosparse.cli import compose, main
-from prosparse.records import differences, read_results, read_run, read_runs, stages
+from prosparse.records import differences, label, read_results, read_run, read_runs, stages
 from prosparse.reporting import compare, plain, table, tables, write, write_report
 from runs import SOURCE, a_measurement, a_report, a_run, an_evaluation, model
 
@@ -200,6 +200,17 @@ def test_measurements_and_evaluations_stand_beside_their_runs_and_the_base(tmp_p
     assert re.search(r"arc_easy +sparsity +70.00 %", told["Tasks"]) and re.search(
         r"prosparse +average +-", told["Tasks"]
     )
+
+
+def test_a_measurement_of_a_run_folder_is_of_the_model_that_was_opened(run_dir):
+    record = read_run(run_dir)
+    for opened, told in [
+        (f"/elsewhere/{run_dir.name}/model", "exported"),
+        (str(run_dir / "checkpoints" / "step-00000008"), "step 8"),
+        (None, "of an unknown step"),  # a result from before it was written down
+    ]:
+        assert label("runs/demo", [record], opened) == {"run": "demo", "model": told}
+    assert label("runs/demo/model", [record])["model"] == "exported"
 
 
 @pytest.mark.parametrize("number", [1, 3, 9])
