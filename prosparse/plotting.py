@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from prosparse.records import Record
+from prosparse.records import number as number_of
 from prosparse.telemetry import AFTER_TRAINING
 
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = (
@@ -227,7 +228,7 @@ def layers(records: Sequence[Record]) -> Figure | None:
                 lines.append((f"{record.name}, {name}", record.models[name], *_series(number), MARKERS[name]))
     lines = [line for line in lines if line[1].get("sparsity_by_layer")]
     for number, (name, model, color, style, mark) in enumerate(lines):  # each thinner than the one below it
-        shares = [nan if share is None else 100 * share for share in model["sparsity_by_layer"]]
+        shares = [_scaled(share) for share in model["sparsity_by_layer"]]
         thin = min(number, 4) if len(records) == 1 else 2.5
         axes.plot(
             range(len(shares)),
@@ -239,7 +240,7 @@ def layers(records: Sequence[Record]) -> Figure | None:
             ms=10 - 1.2 * thin,
             mfc="none",
             alpha=0.9,
-            label=f"{name} ({100 * model['sparsity']:.1f} %)",
+            label=f"{name} ({number_of(_scaled(model['sparsity']), '.1f', ' %')})",
         )
     if not lines:
         return None
@@ -293,7 +294,7 @@ def texts(measured: Sequence[dict[str, Any]]) -> Figure | None:
     if not names:
         return None
     # A dense model has no curve worth a panel, and one text has its curve in the figure by layer.
-    curves = [result for result in shown if len(names) > 1 and result["sparsity"] > 0.01]
+    curves = [result for result in shown if len(names) > 1 and (result["sparsity"] or 0) > 0.01]
     figure = Figure(figsize=(9, 3.4 + 2.7 * len(curves)), layout="constrained")
     panels = figure.subplots(1 + len(curves), 1, squeeze=False)[:, 0]
     width = 0.8 / len(shown)
@@ -302,7 +303,7 @@ def texts(measured: Sequence[dict[str, Any]]) -> Figure | None:
         for place, name in enumerate(names):
             if name in result["texts"]:
                 places.append(place + (number - (len(shown) - 1) / 2) * width)
-                heights.append(100 * result["texts"][name]["sparsity"])
+                heights.append(_scaled(result["texts"][name]["sparsity"]))
         bars = panels[0].bar(places, heights, 0.92 * width, color=SERIES[number % len(SERIES)], label=title(result))
         panels[0].bar_label(bars, fmt="%.1f", fontsize=8 if len(shown) * len(names) < 16 else 6, padding=2)
     panels[0].set(ylabel="sparsity (%)", ylim=(0, 109), xticks=range(len(names)), xticklabels=names)
@@ -312,7 +313,7 @@ def texts(measured: Sequence[dict[str, Any]]) -> Figure | None:
         for number, name in enumerate(names):
             shares = (result["texts"].get(name) or {}).get("sparsity_by_layer") or []
             color, style = _series(number)
-            axes.plot([100 * share for share in shares], marker=".", color=color, ls=style, lw=1.3, label=name)
+            axes.plot([_scaled(share) for share in shares], marker=".", color=color, ls=style, lw=1.3, label=name)
         axes.set(ylabel="sparsity (%)", xlabel="layer", ylim=(-4, 104))
         axes.set_title(title(result), fontsize=10, loc="left")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -334,7 +335,7 @@ def top_k(measured: Sequence[dict[str, Any]]) -> Figure | None:
             handles.append(Line2D([], [], color=color, ls=style, marker="o", ms=5, label=text))
             values += _column(curve, "perplexity")
         cett = result.get("cett")
-        if cett:
+        if cett and None not in (cett["sparsity"], cett["perplexity"]):
             axes.plot(100 * (1 - cett["sparsity"]), cett["perplexity"], "*", color=color, ms=15, mec="white", zorder=3)
             text = f"{title(result)}: CETT, perplexity + {cett['percent']:g} %"
             handles.append(Line2D([], [], color=color, ls="none", marker="*", ms=12, label=text))
@@ -360,7 +361,7 @@ def union(measured: Sequence[dict[str, Any]]) -> Figure | None:
     sizes = sorted({int(size) for result in shown for size in result["union"]})
     for number, result in enumerate(shown):
         color, style = _series(number)
-        points = sorted((int(size), 100 * share) for size, share in result["union"].items())
+        points = sorted((int(size), _scaled(share)) for size, share in result["union"].items())
         axes.plot(*zip(*points, strict=True), "o", ls=style, color=color, lw=1.5, ms=5, label=title(result))
     axes.set_xscale("log", base=2)
     axes.set(xlabel="tokens in the batch", ylabel="neurons active in the batch\n(% of a layer)", ylim=(0, 104))
@@ -385,7 +386,11 @@ def _series(number: int) -> tuple[str, str]:
 
 
 def _column(rows: Sequence[dict[str, Any]], key: str, scale: float = 1) -> list[float]:
-    return [nan if row.get(key) is None else scale * row[key] for row in rows]
+    return [_scaled(row.get(key), scale) for row in rows]
+
+
+def _scaled(value: float | None, scale: float = 100) -> float:
+    return nan if value is None else scale * value
 
 
 def _smooth(values: list[float], span: int) -> list[float]:

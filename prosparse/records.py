@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from math import isfinite
 from pathlib import Path, PurePath
+from types import NoneType
 from typing import Any
 
 import yaml
@@ -22,6 +23,30 @@ MODELS = ("base", "substituted", "training", "trained", "shifted", "recovered", 
 FINISHED = ("trained", "shifted", "recovered", "exported")
 CONDITIONS = ("model.source", "data.", "recipe.batch.", "recipe.lr.", "recipe.optimizer.", "seed", "dtype")
 NO_CONDITION = ("data.cache", "data.processes")  # what may differ though a run's text is the same
+
+# What files have to hold to be used: of config.yaml what lies at these paths (*: each), of the others keys and types.
+NUMBER = (int, float, NoneType)  # null: not finite
+CONFIG = (
+    "model.source",
+    "data.sources.*.path",
+    "recipe.stages.*.steps",
+    "recipe.stages.*.l1",
+    "recipe.batch",
+    "recipe.lr",
+    "recipe.penalty",
+    "recipe.activation",
+)
+LEAVES = {"source": str, "path": str, "steps": int}
+FIGURES: dict[str, Any] = {"perplexity": NUMBER, "sparsity": NUMBER, "tokens": int}
+ROWS: dict[str, dict[str, Any]] = {
+    "train": {"stage": str, "loss": NUMBER, "sparsity": NUMBER},
+    "evaluation": FIGURES,
+    "task": {"evaluated": str, "task": str, "result": dict},
+}
+REPORT: dict[str, Any] = {
+    **dict.fromkeys(("text", "dtype", "device", "command"), str),
+    **{"models": dict, "tokens_trained": int, "steps": int, "notes": list},
+}
 
 
 @dataclass
@@ -102,8 +127,8 @@ def read_runs(folders: Sequence[str]) -> list[Record]:
 def _read_config(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
         config = yaml.safe_load(path.read_text())
-        if not isinstance(config, dict):
-            raise ValueError("it holds no mapping")
+        for path_of in CONFIG:
+            _check_config(config, path_of.split("."))
         return config
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
@@ -111,10 +136,28 @@ def _read_config(path: Path, problems: list[str]) -> dict[str, Any]:
         return {}
 
 
+def _check_config(config: Any, path: Sequence[str], above: str = "it") -> None:
+    """ValueError unless config.yaml has at `path` (a *: at every key) what a run's has: it may be cut off."""
+    if not isinstance(config, dict):
+        raise ValueError(f"{above} holds no mapping")
+    if path:
+        for key in config if path[0] == "*" else path[:1]:
+            if len(path) > 1 or key not in LEAVES:
+                _check_config(config.get(key), path[1:], key)
+            elif not isinstance(config.get(key), LEAVES[key]):
+                raise ValueError(f"{above} lacks {key}")
+
+
 def _read_report(path: Path, record: Record) -> dict[str, Any] | None:
     """What the training, or an earlier `prosparse report` of the run, wrote; None if nothing can be read."""
     try:
         report = json.loads(path.read_text())
+        if not isinstance(report, dict):
+            raise ValueError("it holds no mapping")
+        wrong = [key for key, kind in REPORT.items() if not isinstance(report.get(key), kind)]
+        wrong += [name for name, model in (report.get("models") or {}).items() if model and not _has(model, FIGURES)]
+        if wrong:
+            raise ValueError(f"it lacks {', '.join(wrong)}")
         record.lost = report.get("lost")  # an earlier `prosparse report` found the training's own damaged
     except FileNotFoundError:
         return None
@@ -127,12 +170,12 @@ def _read_report(path: Path, record: Record) -> dict[str, Any] | None:
 
 def _whole(row: Any) -> bool:
     """Whether a line of metrics.jsonl has what every row of its kind has."""
-    needed = {
-        "train": ("step", "stage", "loss", "sparsity"),
-        "evaluation": ("step", "perplexity", "sparsity", "tokens"),
-        "task": ("step", "evaluated", "task", "result"),
-    }
-    return isinstance(row, dict) and "kind" in row and all(key in row for key in needed.get(row["kind"], ("step",)))
+    return _has(row, {"kind": str}) and _has(row, {"step": int} | ROWS.get(row["kind"], {}))
+
+
+def _has(value: Any, kinds: dict[str, Any]) -> bool:
+    """Whether `value` is a mapping with these keys, each with a value of its kind."""
+    return isinstance(value, dict) and all(key in value and isinstance(value[key], kinds[key]) for key in kinds)
 
 
 def _so_far(record: Record) -> dict[str, Any]:
@@ -364,7 +407,7 @@ def texts_of(result: dict[str, Any]) -> str:
 
 
 def training_tasks(record: Record) -> dict[str, dict[str, Any]]:
-    """What a training's models (base, one a stage, shifted) scored on tasks, by name, as results of `prosparse eval`."""
+    """What a training's models (base, one a stage, shifted) scored on tasks, by name, as `prosparse eval` has it."""
     report = record.report
     told = {key: report.get(key) for key in ("dtype", "device", "command")}
     return {

@@ -62,7 +62,7 @@ def _task_lines(tasks: dict[str, dict[str, dict]]) -> list[str]:
             scores = [
                 f"{key} {number(value, '.4f')}" for key, value in result["metrics"].items() if "_stderr" not in key
             ]
-            lines.append(f"{model:<12} {task:<24} {'  '.join(scores)}  sparsity {result['sparsity']:.2%}")
+            lines.append(f"{model:<12} {task:<24} {'  '.join(scores)}  sparsity {percent(result['sparsity'])}")
     return lines
 
 

@@ -120,8 +120,9 @@ def read_metrics(run_dir: Path, damaged: list[str] | None = None) -> list[dict[s
             rows.append(json.loads(line))
         except ValueError as error:
             last = number == len(lines)
-            if damaged is not None and line:
-                damaged.append(f"{path}, line {number} is {'cut off' if last else 'not JSON'}: it is left out")
+            if damaged is not None:
+                if line or not last:  # else the file is empty
+                    damaged.append(f"{path}, line {number} is {'cut off' if last else 'not JSON'}: it is left out")
             elif not last:
                 raise ValueError(f"{path}, line {number} is not JSON: remove the line, or the file") from error
     return rows

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
@@ -14,7 +15,7 @@ from prosparse import plotting
 from prosparse.cli import compose, main
 from prosparse.records import differences, label, read_results, read_run, read_runs, stages
 from prosparse.reporting import compare, plain, table, tables, write, write_report
-from runs import SOURCE, a_measurement, a_report, a_run, an_evaluation, model
+from runs import A_TASK, SOURCE, a_measurement, a_report, a_run, an_evaluation, model
 
 
 @pytest.fixture(autouse=True)
@@ -288,7 +289,20 @@ def damage(run_dir, how):
         lines = []
     elif how == "a row without its keys":
         lines[6] = '{"kind": "train"}\n'
+    elif how == "a row without a step":
+        lines[6] = lines[6].replace('"step": 5', '"step": null')
+    elif how == "an empty line":
+        lines[6] = "\n"
     path.write_text("".join(lines))
+    config, report = run_dir / "config.yaml", run_dir / "report" / "report.json"
+    if how == "a config cut off in a stage":
+        config.write_text(config.read_text().split("  rise:")[0] + "  rise:\n")
+    elif how == "a recipe that is a number":
+        config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"recipe": 3}))
+    elif how == "an empty report":
+        report.write_text("{}")
+    elif how == "a report without a model's tokens":
+        report.write_text(report.read_text().replace('"tokens": 32768', '"tokens": null', 1))
     if how == "no metrics":
         path.unlink()
     elif how == "no config":
@@ -305,13 +319,19 @@ def damage(run_dir, how):
         ("nothing left", "lacks 12 of 12 steps"),
         ("no metrics", "lacks 12 of 12 steps"),
         ("a row without its keys", "1 lines lack keys"),
+        ("a row without a step", "1 lines lack keys"),
+        ("an empty line", "line 7 is not JSON"),
         ("no config", "config.yaml cannot be read"),
+        ("a config cut off in a stage", "config.yaml cannot be read (data holds no mapping)"),
+        ("a recipe that is a number", "config.yaml cannot be read (recipe holds no mapping)"),
+        ("an empty report", "report.json could not be read (it lacks text,"),
+        ("a report without a model's tokens", "report.json could not be read (it lacks base)"),
         ("a broken report", "report.json could not be read"),
     ],
 )
 def test_a_damaged_run_is_shown_as_far_as_it_goes_and_marked_each_time(run_dir, capsys, how, told):
     damage(run_dir, how)
-    for _ in range(2 if how == "a broken report" else 1):  # the first must not hide the damage from the second
+    for _ in range(2 if "report" in how else 1):  # the first must not hide the damage from the second
         assert main(["report", f"runs=[{run_dir}]"]) == 1
         assert told in capsys.readouterr().err.splitlines()[-1]
         result = json.loads((run_dir / "report" / "report.json").read_text())
@@ -320,6 +340,21 @@ def test_a_damaged_run_is_shown_as_far_as_it_goes_and_marked_each_time(run_dir, 
         page = (run_dir / "report" / "index.html").read_text()
         assert '<div class="warning"><strong>demo: incomplete</strong>' in page and told in page
         assert any(row["status"] == "incomplete" for row in result["table"])
+
+
+def test_figures_that_are_not_finite_end_no_report(run_dir, report, tmp_path):
+    report["models"]["trained"] |= {"perplexity": None, "sparsity": None, "sparsity_by_layer": [None, 0.5]}
+    report["tasks"] = {"base": {"piqa": A_TASK | {"sparsity": None}}}
+    path = a_measurement(tmp_path / "m", "runs/demo", 24.0, 0.7)
+    result = json.loads((path / "result.json").read_text())
+    result["cett"]["perplexity"] = result["sparsity"] = result["union"]["2"] = result["texts"]["code"]["sparsity"] = (
+        None
+    )
+    (path / "result.json").write_text(json.dumps(result))
+    records = [read_run(run_dir, report=report)]
+    made = write(records, tmp_path / "out", *read_results([str(path)], records))
+    assert {"layers.png", "texts.png", "union.png"} <= set(made["files"])
+    assert "sparsity -" in table(report)
 
 
 def test_a_run_that_has_not_ended_is_shown_and_marked(tmp_path, capsys):

@@ -71,6 +71,16 @@ def test_a_broken_line_in_the_middle_is_an_error_that_names_it(tmp_path):
         read_metrics(tmp_path)
 
 
+@pytest.mark.parametrize("line", ["", '{"st'])
+def test_a_reader_that_takes_damage_is_told_each_line_that_is_left_out(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    damaged = []
+    assert read_metrics(tmp_path, damaged) == [{"step": 1}, {"step": 3}]
+    assert [told.split("metrics.jsonl, ")[1] for told in damaged] == ["line 2 is not JSON: it is left out"]
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        read_metrics(tmp_path)
+
+
 def test_a_row_is_strict_json_and_in_the_file_at_once(tmp_path):
     row = {"kind": "train", "step": 1, "loss": nan, "sparsity_by_layer": [inf, 0.5], "mfu": None}
     Metrics(tmp_path, 0).append(row)
