@@ -5,6 +5,7 @@ records; what is damaged or missing is named in them, and the rest is kept.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -218,12 +219,26 @@ def _gaps(record: Record) -> list[str]:
     """Steps that metrics.jsonl should have and has not."""
     steps = {row["step"] for row in record.train_rows}
     last = record.report.get("steps") if record.finished else max(steps, default=0)
-    missing = sorted(set(range(1, (last or 0) + 1)) - steps)
+    first = min(steps, default=1) if began_from(record) else 1  # earlier steps are another run's
+    missing = sorted(set(range(first, (last or 0) + 1)) - steps)
     if not missing:
         return []
     where = f"{missing[0]}" if len(missing) == 1 else f"{missing[0]} to {missing[-1]}"
     text = f"metrics.jsonl lacks {len(missing)} of {last} steps ({where}): curves and stages show the others"
     return [f"{record.folder}/{text}"]
+
+
+def began_from(record: Record) -> str | None:
+    """The checkpoint elsewhere that a run began from, whose rows it has not; a fork has those of its parent."""
+    told = str(record.config.get("resume") or "auto")
+    if told not in ("auto", "must", "never"):
+        return told
+    for manifest in sorted(record.folder.glob("checkpoints/step-*/manifest.json"), reverse=True):
+        try:  # config.yaml is that of the last start
+            return re.fullmatch(r"resume (.+)", json.loads(manifest.read_text())["origin"])[1]  # type: ignore[index]
+        except (OSError, ValueError, TypeError, KeyError):
+            continue
+    return None
 
 
 def stages(record: Record) -> list[dict[str, Any]]:
@@ -235,12 +250,13 @@ def stages(record: Record) -> list[dict[str, Any]]:
     by_stage = {
         name: [row for row in rows] for name, rows in groupby(record.train_rows, key=lambda row: row.get("stage"))
     }
-    table, last, tokens = [], 0, 0
+    counts = {row["step"]: row.get("tokens") for row in record.train_rows}
+    table, last = [], 0
     for name, stage in (recipe.get("stages") or {}).items():
         last += stage["steps"]
         rows = by_stage.get(name, [])
         end = rows[-1] if rows else {}
-        count = end.get("tokens")
+        tokens, before = end.get("tokens"), _tokens_before(rows[0], counts) if rows else None
         l1 = stage.get("l1") or {}
         table.append(
             {
@@ -250,12 +266,21 @@ def stages(record: Record) -> list[dict[str, Any]]:
                 "l1_factor": end.get("l1_factor"),
                 "last_step": last,
                 "steps_run": len(rows),
-                "tokens": None if count is None else count - tokens,
+                "tokens": None if tokens is None or before is None else tokens - before,
                 "sparsity": end.get("sparsity"),
             }
         )
-        tokens = tokens if count is None else count
     return table
+
+
+def _tokens_before(row: dict[str, Any], counts: dict[int, int | None]) -> int | None:
+    """Tokens trained on before the step of `row`; None if neither the row before it nor its own speed tells."""
+    if row["step"] == 1:
+        return 0
+    if row["step"] - 1 in counts:
+        return counts[row["step"] - 1]
+    count, speed, seconds = (row.get(key) for key in ("tokens", "tokens_per_second", "step_seconds"))
+    return None if count is None or speed is None or seconds is None else count - round(speed * seconds)
 
 
 # --- which runs may be compared ---------------------------------------------------------------------------------------

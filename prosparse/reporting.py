@@ -17,6 +17,7 @@ from prosparse.page import Table, page
 from prosparse.records import (
     FINISHED,
     Record,
+    began_from,
     controls,
     number,
     percent,
@@ -259,8 +260,11 @@ def _stage_table(record: Record) -> Table:
                 percent(stage["sparsity"]),
             ]
         )
+    notes = [unit]
+    if (origin := began_from(record)) and (steps := [row["step"] for row in record.train_rows]):
+        notes.append(f"from step {min(steps)} on: the run went on from {origin}, which has the steps before")
     headings = ["stage", "shape of λ", "λ at its end", "last step", "tokens", "sparsity of its last window"]
-    return Table(f"Stages of {record.name}", headings, rows, [unit])
+    return Table(f"Stages of {record.name}", headings, rows, notes)
 
 
 def _measure_tables(measured: Sequence[dict[str, Any]]) -> list[Table]:

@@ -123,6 +123,37 @@ def test_a_stage_has_the_factor_step_and_tokens_that_it_reached(run_dir):
     ]
 
 
+def test_tokens_of_steps_without_rows_are_not_those_of_a_later_stage(run_dir):
+    path = run_dir / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    kept = [row for row in rows if row["kind"] != "train" or not 3 <= row["step"] <= 5]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in kept))
+    assert cells(stages(read_run(run_dir)), "tokens") == [(2048,), (None,), (4096,)]
+    speed = {"tokens_per_second": 512.0, "step_seconds": 2.0}
+    path.write_text("".join(f"{json.dumps(row | speed)}\n" for row in kept))
+    assert cells(stages(read_run(run_dir)), "tokens") == [(2048,), (3072,), (4096,)]
+
+
+@pytest.mark.parametrize("where", ["config.yaml", "the manifest"])
+def test_a_run_that_went_on_from_elsewhere_is_whole_without_the_steps_before(run_dir, where):
+    path = run_dir / "metrics.jsonl"
+    lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] > 6]
+    path.write_text("\n".join(lines) + "\n")
+    assert "lacks 6 of 12 steps" in read_run(run_dir).problems[0]
+    config, saved = run_dir / "config.yaml", run_dir / "checkpoints" / "step-00000012"
+    if where == "config.yaml":
+        config.write_text(config.read_text() + "resume: runs/other/checkpoints/step-6\n")
+    else:  # config.yaml is that of the last start, which went on by itself
+        saved.mkdir(parents=True)
+        (saved / "manifest.json").write_text('{"origin": "resume runs/other/checkpoints/step-6"}')
+    record = read_run(run_dir)
+    assert record.status == "finished"
+    told = tables([record], write([record], run_dir / "out"))[1]
+    assert told.notes[1].startswith("from step 7 on: the run went on from runs/other/checkpoints/step-6")
+    path.write_text("\n".join(lines[:2] + lines[3:]) + "\n")
+    assert "lacks 1 of 12 steps (9)" in read_run(run_dir).problems[0]
+
+
 # --- several runs -----------------------------------------------------------------------------------------------------
 
 
