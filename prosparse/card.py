@@ -263,11 +263,11 @@ def _training(record: Record) -> str:
     )
     shift = report.get("shift")
     if shift:
-        granularity, folded = shift.get("granularity") or "model", shift.get("folded")
+        folded = shift.get("folded")  # of thresholds by layer or neuron
         budget = shift.get("budget")
         what, most = f"threshold {shift['threshold']:.6g}", "the largest tried that keeps"
-        if granularity != "model":
-            what, most = f"thresholds by {granularity}", "the sparsest tried that keep"
+        if folded:
+            what, most = f"thresholds by {shift['granularity']}", "the sparsest tried that keep"
         how = "given" if budget is None else f"{most} perplexity within {100 * budget:g} %"
         what += f", folded into {folded['threshold']:.6g} for the whole model" if folded else ""
         told += f"\n\nShift: {what}, {how}, on {shift['tokens']:,} calibration tokens."

@@ -89,6 +89,7 @@ def finish(run: Run) -> dict:
         "command": command(),
         "control": str(recipe.control),
         "seed": config.seed,
+        "until": config.until,
         "rows_digest": run.identity["digest of the rows"],
         "versions": versions(),
         "notes": [fairness(recipe.control)],

@@ -39,6 +39,7 @@ SIZES = {
     "recovered": 12,
     "exported": 7,
 }  # of equal points all show
+GRANULARITIES = {"model": (SKY, "o"), "layer": (ORANGE, "v"), "neuron": (PURPLE, "*")}
 DOTS_PER_INCH = 130
 
 # --- over the steps ---------------------------------------------------------------------------------------------------
@@ -178,12 +179,14 @@ def frontier(records: Sequence[Record]) -> Figure | None:
             axes.plot(x, y, color=color_of, zorder=3, **how)
             kinds[name] = Line2D([], [], color=color_of if len(records) == 1 else GRAY, label=name, **how)
             seen.append(y)
-        for granularity, tried, mark in _sweeps(record):
+        for granularity, tried in _sweeps(record.report.get("shift")):
             line = sorted(point for row in tried if (point := _point(row)) is not None)
             if len(line) > 1:
-                axes.plot(*zip(*line, strict=True), mark + "-", color=color, lw=1.1, ms=4, alpha=0.55, zorder=2)
+                hue, mark = GRANULARITIES[granularity]
+                how = {"marker": mark, "lw": 1.1, "ms": 4, "alpha": 0.7}
+                axes.plot(*zip(*line, strict=True), color=hue if len(records) == 1 else color, zorder=2, **how)
                 name = f"shift by {granularity}"
-                kinds[name] = Line2D([], [], color=GRAY, marker=mark, lw=1.1, ms=4, alpha=0.7, label=name)
+                kinds[name] = Line2D([], [], color=hue if len(records) == 1 else GRAY, label=name, **how)
                 seen += [y for _, y in line]
     if not seen:
         return None
@@ -197,15 +200,11 @@ def frontier(records: Sequence[Record]) -> Figure | None:
     return figure
 
 
-def _sweeps(record: Record) -> list[tuple[str, list[dict[str, Any]], str]]:
-    """(granularity, what was tried, marker) of the run's shift."""
-    found = record.report.get("shift") or {}
-    series = [("model", found.get("sweep") or [], ".")]
-    for granularity, mark in (("layer", "v"), ("neuron", "*")):
-        tried = found.get("allocations") or []
-        own = [row for row in tried if row.get("granularity", found.get("granularity")) == granularity]
-        series.append((granularity, own, mark))
-    return series
+def _sweeps(shift: dict[str, Any] | None) -> list[tuple[str, list[dict[str, Any]]]]:
+    """(granularity, what was tried) of a shift."""
+    found = shift or {}
+    tried = found.get("allocations") or []
+    return [("model", found.get("sweep") or []), *([(str(found["granularity"]), tried)] if tried else [])]
 
 
 def _point(model: dict[str, Any]) -> tuple[float, float] | None:
@@ -253,7 +252,9 @@ def layers(records: Sequence[Record]) -> Figure | None:
 
 def shift(records: Sequence[Record]) -> Figure | None:
     """What each threshold of the sweeps gave on the calibration rows."""
-    shown = [(n, record.report["shift"]) for n, record in enumerate(records) if _sweeps(record)[0][1]]
+    shown = [
+        (n, record.report["shift"]) for n, record in enumerate(records) if _sweeps(record.report.get("shift"))[0][1]
+    ]
     if not shown:
         return None
     figure = Figure(figsize=(9, 5.5), layout="constrained")
@@ -282,6 +283,57 @@ def shift(records: Sequence[Record]) -> Figure | None:
     _legend_above(figure, handles)
     figure.align_ylabels()
     return figure
+
+
+def thresholds(records: Sequence[Record], measured: Sequence[dict[str, Any]]) -> Figure | None:
+    """The rise of the perplexity against sparsity by granularity, of the shifts of runs and of `prosparse shift`."""
+    named = [(record.name, record.report.get("shift")) for record in records]
+    named += [(title(result), result.get("shift")) for result in measured]
+    found = [(name, shift) for name, shift in named if shift and any(_rises(shift).values())]
+    if not found:
+        return None
+    figure = Figure(figsize=(9, 5.8), layout="constrained")
+    axes, handles, seen, shown = figure.subplots(), [], [], []
+    budgets = sorted({100 * shift["budget"] for _, shift in found if shift.get("budget")})
+    limit = 4 * budgets[-1] if budgets else float("inf")
+    for number, (name, shift) in enumerate(found):
+        for granularity, line in _rises(shift).items():
+            if not line or line in seen:  # the same sweep of the whole model, once
+                continue
+            seen.append(line)
+            color, mark = GRANULARITIES[granularity]
+            how: dict = {"color": color, "marker": mark, "ls": LINES[number % len(LINES)], "lw": 1.6, "ms": 7}
+            axes.plot(*zip(*line, strict=True), **how)
+            label = f"by {granularity}" if len(found) == 1 else f"{name}, by {granularity}"
+            handles.append(Line2D([], [], label=label, **how))
+            shown += [point for point in line if point[1] <= limit]
+            within = [point for point in line if point[1] <= 100 * (shift.get("budget") or 0)]
+            if within and shift.get("budget"):
+                axes.plot(*max(within), "o", color=BLACK, mfc="none", ms=13, mew=1.3, zorder=3)
+    for budget in budgets:
+        axes.axhline(budget, color=GRAY, ls="--", lw=1.2)
+        handles.append(Line2D([], [], color=GRAY, ls="--", lw=1.2, label=f"budget {budget:.3g} %"))
+    xlim, ylim = (_with_margin(values) for values in zip(*shown, strict=True))
+    axes.set(xlim=xlim, ylim=ylim)
+    axes.set(xlabel="sparsity (%)", ylabel="rise of the perplexity (%)")
+    _frame(axes, both=True)
+    _legend_above(figure, handles)
+    return figure
+
+
+def _with_margin(values: Sequence[float]) -> tuple[float, float]:
+    margin = 0.05 * (max(values) - min(values)) + 1e-9
+    return min(values) - margin, max(values) + margin
+
+
+def _rises(shift: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """By granularity (sparsity, rise of the perplexity) in %, over the perplexity at the lowest threshold."""
+    sweep = sorted(shift.get("sweep") or [], key=lambda row: row["threshold"])
+    dense = _point(sweep[0]) if sweep else None
+    if dense is None:
+        return {}
+    points = {name: [point for row in tried if (point := _point(row))] for name, tried in _sweeps(shift)}
+    return {name: sorted((x, 100 * (y / dense[1] - 1)) for x, y in line) for name, line in points.items()}
 
 
 # --- measurements -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What is known of runs, measurements and evaluations: read from their folders, put side by side, compared.
 
-In: run folders (config.yaml, metrics.jsonl, report/report.json) and result.json of `measure` and `eval`. Out: plain
+In: run folders (config.yaml, metrics.jsonl, report/report.json) and result.json of other verbs. Out: plain
 records; what is damaged or missing is named in them, and the rest is kept.
 """
 
@@ -42,6 +42,7 @@ FIGURES: dict[str, Any] = {"perplexity": NUMBER, "sparsity": NUMBER, "tokens": i
 ROWS: dict[str, dict[str, Any]] = {
     "train": {"stage": str, "loss": NUMBER, "sparsity": NUMBER},
     "evaluation": FIGURES,
+    "shift": {"threshold": NUMBER, "tokens": int, "sweep": list},
     "task": {"evaluated": str, "task": str, "result": dict},
 }
 REPORT: dict[str, Any] = {
@@ -106,8 +107,13 @@ def read_run(folder: str | Path, name: str | None = None, report: dict[str, Any]
         damaged.append(f"{folder}/metrics.jsonl: {len(rows) - len(record.rows)} lines lack keys and are left out")
     if report is None:
         report = _read_report(folder / "report" / "report.json", record)
-    record.finished = report is not None and report.get("finished", True)
+    shifted = report is not None and report.get("until") == "shift"  # and is not exported, but may go on
+    record.finished = report is not None and not shifted and report.get("finished", True)
     record.report = report if record.finished and report is not None else _so_far(record)
+    if shifted and report is not None:
+        gone_on = record.report["steps"] > report["steps"]
+        newer = ("models", "tokens_trained", "steps", "seconds") if gone_on else ()
+        record.report = report | {"finished": False} | {key: record.report[key] for key in newer}
     record.problems += damaged if record.finished else [line for line in damaged if "cut off" not in line]
     record.problems += _gaps(record)
     return record
@@ -192,6 +198,7 @@ def _so_far(record: Record) -> dict[str, Any]:
         export = {"export": json.loads((record.folder / "model" / "result.json").read_text())}
     except (OSError, ValueError):
         export = {}
+    shifts = [row for row in record.rows if row["kind"] == "shift"]
     tasks: dict[str, dict] = {}
     for row in record.rows:
         if row["kind"] == "task":
@@ -212,6 +219,7 @@ def _so_far(record: Record) -> dict[str, Any]:
         "seconds": sum(row.get(key) or 0.0 for row in record.rows for key in ("step_seconds", "seconds")),
         "notes": [],
         **({"tasks": tasks} if tasks else {}),
+        **({"shift": shifts[-1]} if shifts else {}),
     }
 
 
@@ -365,7 +373,7 @@ def _number(value: Any) -> str:
 
 
 def read_results(paths: Sequence[str], records: Sequence[Record]) -> tuple[list[dict], list[dict]]:
-    """(measurements, evaluations): result.json of `prosparse measure` and `prosparse eval`, each with its "model".
+    """(measurements, evaluations): result.json of `prosparse measure`, `shift` and `eval`, each with its "model".
 
     Raises ValueError for a path that has neither.
     """
@@ -375,11 +383,14 @@ def read_results(paths: Sequence[str], records: Sequence[Record]) -> tuple[list[
         file = place / "result.json" if place.is_dir() else place
         try:
             result = json.loads(file.read_text())
+            if "sweep" in (result.get("shift") or {}):
+                measured.append(_shifted(result, file.parent))
+                continue
             checkpoint = result["checkpoint"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is no result of a verb"
             raise ValueError(
-                f"measures: {file} cannot be used ({reason}): give folders of prosparse measure or eval"
+                f"measures: {file} cannot be used ({reason}): give folders of prosparse measure, eval or shift"
             ) from error
         result["model"] = label(checkpoint, records, result.get("opened"))
         if "tasks" in result:
@@ -391,6 +402,17 @@ def read_results(paths: Sequence[str], records: Sequence[Record]) -> tuple[list[
                 f"measures: {file} is neither of measure nor of eval: give a folder that one of them wrote"
             )
     return measured, evaluated
+
+
+def _shifted(result: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A result of `prosparse shift` as a measurement on its calibration rows, with all that was tried as "shift"."""
+    shift = result["shift"]
+    chosen = shift.get("folded") or next(row for row in shift["sweep"] if row["threshold"] == shift["threshold"])
+    told = {key: shift[key] for key in ("tokens", "dtype", "device", "command")}
+    told |= {"sparsity": chosen["sparsity"], "perplexity": chosen["perplexity"], "shift": shift}
+    activation = {"name": result["activation"], "param": result["param"]}
+    model = {"run": None, "model": str(folder)}
+    return told | {"text": f"{shift['text']} (calibration rows)", "activation": activation, "model": model}
 
 
 def label(checkpoint: str, records: Sequence[Record], opened: str | None = None) -> dict[str, str | None]:
@@ -454,11 +476,10 @@ def task_figures(result: dict[str, Any]) -> list[tuple[str, str, str]]:
 # --- figures as text --------------------------------------------------------------------------------------------------
 
 
-def threshold_of(shift: dict[str, Any], model: str) -> str:
-    """The threshold of a shifted model; of one with many by what they go, and of one that is folded the folded one."""
-    granularity = shift.get("granularity") or "model"
-    folded = shift.get("folded") if model == "exported" else None
-    if granularity != "model" and folded is None:
+def threshold_of(shift: dict[str, Any], name: str, model: dict[str, Any]) -> str:
+    """The threshold of a model after the shift: of one with many, by what they go; of the exported one the folded."""
+    granularity, folded = shift.get("granularity") or "model", shift.get("folded")
+    if name != "exported" and granularity != "model" and not model.get("activation"):  # which a single one is told with
         return f"by {granularity}"
     return number((folded or shift)["threshold"], ".4g")
 

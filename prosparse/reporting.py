@@ -49,7 +49,7 @@ def table(report: dict[str, Any]) -> str:
         perplexity = model["perplexity"]
         lines.append(
             f"{name:<12} {number(perplexity, '.3f'):>11} {number(_ratio(perplexity, base), '.4f'):>8} "
-            f"{percent(model['sparsity']):>9} {threshold_of(shift, name) if shift else '-':>10}"
+            f"{percent(model['sparsity']):>9} {threshold_of(shift, name, model) if shift else '-':>10}"
         )
     lines += _task_lines(report.get("tasks", {}))
     return "\n".join(lines + [""] * bool(report["notes"]) + [f"note: {note}" for note in report["notes"]])
@@ -182,13 +182,13 @@ def _measured_row(
         "text": texts_of(result),
         "dtype": result["dtype"],
         "device": result["device"],
-        "status": None,
+        "status": "incomplete" if result.get("complete") is False else None,
     }
 
 
 def _rows(result: dict[str, Any]) -> tuple:
     """What two measurements have to share for their perplexities to be compared."""
-    return texts_of(result), result["tokens"], result.get("context"), result["dtype"]
+    return texts_of(result), result["tokens"], result.get("context"), result["dtype"], result.get("bos")
 
 
 def _activation(record: Record, name: str, model: dict[str, Any]) -> str | None:
@@ -202,7 +202,7 @@ def _activation(record: Record, name: str, model: dict[str, Any]) -> str | None:
     if name in ("shifted", "recovered", "exported"):
         shift = record.report.get("shift") or {}
         if name != "exported" and (shift.get("granularity") or "model") != "model":
-            return f"{export['activation']} {threshold_of(shift, name)}" if export else threshold_of(shift, name)
+            return f"{export['activation'] if export else ''} {threshold_of(shift, name, model)}".strip()
         return _threshold(export["activation"], export["param"]) if export else None
     if record.report.get("control") == str(Control.silu_continued):
         return export.get("activation")
@@ -270,7 +270,7 @@ def _stage_table(record: Record) -> Table:
 def _measure_tables(measured: Sequence[dict[str, Any]]) -> list[Table]:
     """What measurements tell beyond the first table: by text, and CETT-PPL."""
     rows, cett = [], []
-    for result in measured:
+    for result in (result for result in measured if not result.get("shift")):
         parts = result.get("texts") or {}
         name = plotting.title(result)
         for text, part in [*parts.items(), *([("all together", result)] if len(parts) != 1 else [])]:
@@ -416,6 +416,9 @@ FIGURES = {  # file: what it shows; in the order of the page
     "layers.png": "Sparsity by layer on held-out text.",
     "shift.png": "The shift: what each threshold of the whole model gave on calibration rows; dashed the largest "
     "within the budget, or the one given.",
+    "thresholds.png": "What thresholds of the whole model, by layer or by neuron cost: the rise of the perplexity "
+    "on calibration rows over that before the shift, against sparsity. Rings: the sparsest within the "
+    "budget. Rises of more than four budgets lie outside.",
     "texts.png": "Sparsity by text, and by layer on each text.",
     "top_k.png": "Perplexity when only the largest of each token's neurons are kept (top-k); the star is the sparsity "
     "at which the perplexity has risen by the given percentage (CETT-PPL).",
@@ -432,6 +435,7 @@ def _figures(
         "training.png": plotting.training(records),
         "layers.png": plotting.layers(records),
         "shift.png": plotting.shift(records),
+        "thresholds.png": plotting.thresholds(records, measured),
         "texts.png": plotting.texts(measured),
         "top_k.png": plotting.top_k(measured),
         "union.png": plotting.union(measured),
@@ -442,6 +446,8 @@ def _figures(
             told = [_conditions(made, name) for made in measured]
         else:
             told = [_source(record, name) for record in records if record.models or record.rows]
+        if name == "thresholds.png":
+            told += [_conditions(made, name) for made in measured]
         sources = [source for source in told if source is not None]
         result[name] = figure, {"shows": FIGURES[name], "sources": sources}
     return result
@@ -460,8 +466,9 @@ def _source(record: Record, figure: str) -> dict[str, str] | None:
         "training.png": [trained, held_out],
         "frontier.png": [held_out, sweep],
         "shift.png": [sweep],
+        "thresholds.png": [sweep],
     }.get(figure, [held_out])
-    if figure == "shift.png" and not sweep:
+    if figure in ("shift.png", "thresholds.png") and not sweep:
         return None
     status = [] if record.status == "finished" else [record.status]
     told = "; ".join([*(part for part in parts if part), report["dtype"], report["device"], *status])
@@ -470,7 +477,7 @@ def _source(record: Record, figure: str) -> dict[str, str] | None:
 
 def _conditions(made: dict[str, Any], figure: str) -> dict[str, str] | None:
     """The same of a measurement; None if it has no part in the figure."""
-    key = figure.removesuffix(".png")
+    key = figure.removesuffix(".png").replace("thresholds", "shift")
     if not (made.get(key) or (key == "top_k" and made.get("cett"))):
         return None
     text, tokens = texts_of(made), made["tokens"]

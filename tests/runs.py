@@ -122,6 +122,32 @@ def a_measurement(folder: Path, checkpoint: str, perplexity: float, sparsity: fl
     return folder
 
 
+def a_shift(granularity: str) -> dict:
+    """What a shift by layer or neuron tells of itself."""
+    better = 0.04 if granularity == "neuron" else 0.02
+    sweep = [(0.0, 0.7, 20.0), (0.01, 0.75, 20.1), (0.02, 0.78, 20.19), (0.04, 0.82, 20.6), (0.32, 0.99, 900.0)]
+    tried = [(1e-6 * 4**n, s + better, p) for n, (_, s, p) in enumerate(sweep[:4])]
+    return {
+        "threshold": 0.02,
+        "budget": 0.01,
+        "tokens": 8160,
+        "sweep": [{"threshold": t, "sparsity": s, "perplexity": p} for t, s, p in sweep],
+        "granularity": granularity,
+        "allocations": [{"price": c, "sparsity": s, "perplexity": p} for c, s, p in tried],
+        "folded": {"threshold": 0.0625},
+    }
+
+
+def a_shift_result(folder: Path, granularity: str) -> Path:
+    """The result of `prosparse shift`."""
+    shift = a_shift(granularity) | {"text": "stdlib", "dtype": "bf16", "device": "cpu", "command": "prosparse shift"}
+    shift["folded"] |= {"sparsity": 0.82, "perplexity": 20.2}
+    folder.mkdir()
+    result = {"format": "hf", "activation": "fatrelu", "param": 0.0625, "out": "shifted", "shift": shift}
+    (folder / "result.json").write_text(json.dumps(result))
+    return folder
+
+
 def an_evaluation(folder: Path, checkpoint: str, complete: bool = True) -> Path:
     """The result of `prosparse eval`."""
     folder.mkdir()

@@ -15,7 +15,8 @@ from prosparse import plotting
 from prosparse.cli import compose, main
 from prosparse.records import differences, label, read_results, read_run, read_runs, stages
 from prosparse.reporting import compare, plain, table, tables, write, write_report
-from runs import A_TASK, SOURCE, a_measurement, a_report, a_run, an_evaluation, model
+from prosparse.telemetry import Metrics
+from runs import A_TASK, SOURCE, a_measurement, a_report, a_run, a_shift, a_shift_result, an_evaluation, model
 
 
 @pytest.fixture(autouse=True)
@@ -43,10 +44,11 @@ def cells(rows, *keys):
 
 # --- the report of one training ---------------------------------------------------------------------------------------
 
-FILES = ["README.md", "frontier.png", "index.html", "layers.png", "report.json", "shift.png", "training.png"]
+FILES = ["README.md", "frontier.png", "index.html", "layers.png", "report.json", "shift.png"]
+FILES += ["thresholds.png", "training.png"]
 
 
-def test_a_report_is_strict_json_a_page_a_card_and_four_plots(run_dir, report, monkeypatch):
+def test_a_report_is_strict_json_a_page_a_card_and_five_plots(run_dir, report, monkeypatch):
     monkeypatch.setattr(plotting, "DOTS_PER_INCH", 130)
     folder = write_report(run_dir, report)
     assert folder == run_dir / "report"
@@ -245,6 +247,45 @@ def test_a_measurement_of_a_run_folder_is_of_the_model_that_was_opened(run_dir):
     assert label("runs/demo/model", [record])["model"] == "exported"
 
 
+def test_a_model_is_not_said_to_have_risen_over_a_base_that_began_its_rows_otherwise(run_dir, tmp_path):
+    paths = [a_measurement(tmp_path / "base", SOURCE, 20.0, 0.0), a_measurement(tmp_path / "m", "runs/demo", 24.0, 0.7)]
+    records = [read_run(run_dir)]
+    for bos, ratio in (("auto", 1.2), ("none", None)):
+        result = json.loads((paths[1] / "result.json").read_text())
+        (paths[1] / "result.json").write_text(json.dumps(result | {"bos": bos}))
+        base = json.loads((paths[0] / "result.json").read_text()) | {"bos": "auto"}
+        (paths[0] / "result.json").write_text(json.dumps(base))
+        measured, _ = read_results([str(path) for path in paths], records)
+        assert compare(records, measured)[0][-1]["x_base"] == ratio
+
+
+def test_shifts_by_layer_and_neuron_stand_side_by_side_on_the_scale_of_their_budget(run_dir, tmp_path):
+    records = [read_run(run_dir)]
+    paths = [str(a_shift_result(tmp_path / name, name)) for name in ("layer", "neuron")]
+    measured, _ = read_results(paths, records)
+    records[0].report["shift"] = None
+    figure = plotting.thresholds(records, measured)
+    (axes,) = figure.axes
+    lines = {tuple(line.get_xydata()[-1]): line for line in axes.lines if line.get_ls() != "None"}
+    told = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert told == ["layer, by model", "layer, by layer", "neuron, by neuron", "budget 1 %"]  # the same sweep once
+    own = [line for line in lines.values() if line.get_marker() in "ov*"]
+    assert len({line.get_color() for line in own}) == len({line.get_marker() for line in own}) == 3
+    assert own[0].get_xydata()[1] == pytest.approx((75, 0.5)) and axes.get_ylim()[1] < 4
+    result = write(records, tmp_path / "out", measured)
+    assert "thresholds.png" in result["files"] and "shift.png" not in result["files"]
+    row = cells(result["table"][-1:], "model", "activation", "sparsity", "perplexity", "text")[0]
+    assert row[0].endswith("neuron (measured)") and row[1:4] == ("fatrelu 0.0625", 0.82, 20.2)
+    assert row[4] == "stdlib (calibration rows)"
+    assert len(result["figures"]["thresholds.png"]["sources"]) == 2
+
+
+def test_a_sweep_by_neuron_has_another_color_than_that_of_the_whole_model_on_the_frontier(run_dir, report):
+    report["shift"] = a_shift("neuron")
+    (axes,) = plotting.frontier([read_run(run_dir, report=report)]).axes
+    assert len({line.get_color() for line in axes.lines if len(line.get_xdata()) > 1}) == 2
+
+
 @pytest.mark.parametrize("number", [1, 3, 9])
 def test_legends_lie_within_their_figures_and_no_label_on_another(tmp_path, number):
     folders = [a_run(tmp_path / f"a_run_of_{i}", "silu_continued" if i == 1 else "none") for i in range(number)]
@@ -252,6 +293,7 @@ def test_legends_lie_within_their_figures_and_no_label_on_another(tmp_path, numb
     paths = [a_measurement(tmp_path / f"m{i}", str(folder), 20.0, 0.7) for i, folder in enumerate(folders)]
     measured, _ = read_results([str(path) for path in paths], records)
     drawn = [draw(records) for draw in (plotting.training, plotting.frontier, plotting.layers, plotting.shift)]
+    drawn.append(plotting.thresholds(records, measured))
     drawn += [draw(measured) for draw in (plotting.texts, plotting.top_k, plotting.union)]
     for figure in drawn:
         FigureCanvasAgg(figure).draw()
@@ -296,10 +338,11 @@ def test_the_page_stands_alone_with_every_picture_and_its_conditions(run_dir, re
         base64.b64decode(address.removeprefix("data:image/png;base64,"), validate=True) for address in page.addresses
     ]
     assert pictures == [
-        (folder / name).read_bytes() for name in ("frontier.png", "training.png", "layers.png", "shift.png")
+        (folder / name).read_bytes()
+        for name in ("frontier.png", "training.png", "layers.png", "shift.png", "thresholds.png")
     ]
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", text, re.DOTALL)
-    assert len(captions) == 4
+    assert len(captions) == 5
     for caption in captions:
         for part in ("tokens", "bf16", "2 CPU ranks", "<code>prosparse train experiment=demo</code>"):
             assert part in caption
@@ -401,6 +444,30 @@ def test_a_run_that_has_not_ended_is_shown_and_marked(tmp_path, capsys):
         assert "not finished, step 12 so far" in said.err
         assert "demo: not finished" in (folder / "report" / "index.html").read_text()
         assert not (folder / "report" / "README.md").exists()
+
+
+def test_a_run_that_has_shifted_and_may_recover_is_not_finished(run_dir):
+    path = run_dir / "report" / "report.json"
+    report = json.loads(path.read_text())
+    models = {name: made for name, made in report["models"].items() if name != "exported"}
+    path.write_text(json.dumps(report | {"until": "shift", "export": None, "models": models}))
+    for _ in range(2):  # the first must not hide it from the second
+        record = read_run(run_dir)
+        assert (record.status, record.last, record.report["command"]) == ("not finished", "shifted", report["command"])
+        write([record], run_dir / "report")
+    more = {"kind": "train", "step": 13, "stage": "recover", "tokens": 13312, "loss": 2.0, "sparsity": 0.7}
+    Metrics(run_dir, 12).append(more)
+    record = read_run(run_dir)
+    assert (record.status, record.report["steps"], record.report["tokens_trained"]) == ("not finished", 13, 13312)
+    assert record.report["shift"] == report["shift"] and not record.problems
+
+
+def test_the_sweep_of_a_run_that_has_not_ended_is_in_its_rows(tmp_path):
+    folder = a_run(tmp_path / "demo", ended=False)
+    Metrics(folder, 12).append({"kind": "shift", "step": 12, **a_shift("neuron")})
+    record = read_run(folder)
+    assert {"shift.png", "thresholds.png"} <= set(write([record], folder / "report")["files"])
+    assert record.report["shift"]["sweep"] == a_shift("neuron")["sweep"]
 
 
 def test_what_cannot_be_reported_is_one_line_and_writes_nothing(tmp_path, run_dir, capsys):
