@@ -304,7 +304,8 @@ def thresholds(records: Sequence[Record], measured: Sequence[dict[str, Any]]) ->
             color, mark = GRANULARITIES[granularity]
             how: dict = {"color": color, "marker": mark, "ls": LINES[number % len(LINES)], "lw": 1.6, "ms": 7}
             axes.plot(*zip(*line, strict=True), **how)
-            label = f"by {granularity}" if len(found) == 1 else f"{name}, by {granularity}"
+            what = "of the whole model" if granularity == "model" else f"by {granularity}"
+            label = what if len(found) == 1 else f"{name}, {what}"
             handles.append(Line2D([], [], label=label, **how))
             shown += [point for point in line if point[1] <= limit]
             within = [point for point in line if point[1] <= 100 * (shift.get("budget") or 0)]

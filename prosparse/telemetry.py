@@ -415,6 +415,10 @@ def _logged(row: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
     import wandb
 
+    if row["kind"] == "task":
+        place, told = f"task_{row['evaluated']}/{row['task']}", row["result"]
+        told = {**told.get("metrics", {}), **{key: part for key, part in told.items() if key != "metrics"}}
+        return {f"{place}_{key}": part for key, part in told.items() if isinstance(part, int | float)}
     kind = f"evaluation_{row['model']}" if row.get("model") in AFTER_TRAINING else row["kind"]
     sent: dict[str, Any] = {}
     for key, value in row.items():

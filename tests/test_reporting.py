@@ -268,7 +268,12 @@ def test_shifts_by_layer_and_neuron_stand_side_by_side_on_the_scale_of_their_bud
     (axes,) = figure.axes
     lines = {tuple(line.get_xydata()[-1]): line for line in axes.lines if line.get_ls() != "None"}
     told = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert told == ["layer, by model", "layer, by layer", "neuron, by neuron", "budget 1 %"]  # the same sweep once
+    assert told == [
+        "layer, of the whole model",
+        "layer, by layer",
+        "neuron, by neuron",
+        "budget 1 %",
+    ]  # the same sweep once
     own = [line for line in lines.values() if line.get_marker() in "ov*"]
     assert len({line.get_color() for line in own}) == len({line.get_marker() for line in own}) == 3
     assert own[0].get_xydata()[1] == pytest.approx((75, 0.5)) and axes.get_ylim()[1] < 4

@@ -248,6 +248,16 @@ def test_a_shifted_model_is_no_point_of_the_training_curve(monkeypatch):
     assert "evaluation/perplexity" not in run.rows[0]
 
 
+def test_a_task_has_its_metrics_under_its_model_and_its_name(monkeypatch):
+    run = BrokenRun()
+    monkeypatch.setattr("prosparse.telemetry._start_wandb", lambda *_: run)
+    result = {"metrics": {"acc": 0.3, "acc_stderr": None}, "samples": 1200, "sparsity": 0.7, "tokens": 9, "shots": None}
+    row = {"kind": "task", "evaluated": "rise", "task": "piqa", "step": 42, "settings": {"limit": 5}, "result": result}
+    Tracker(Tracking(wandb=Wandb.online), ".", {}, None).log(row)
+    named = {"acc": 0.3, "samples": 1200, "sparsity": 0.7, "tokens": 9}
+    assert run.rows == [{"step": 42} | {f"task_rise/piqa_{key}": value for key, value in named.items()}]
+
+
 def test_wandb_that_breaks_is_one_warning_and_training_goes_on(monkeypatch, capsys):
     run = BrokenRun()
     monkeypatch.setattr("prosparse.telemetry._start_wandb", lambda *_: run)
