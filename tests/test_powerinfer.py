@@ -294,6 +294,7 @@ REFUSED = [
     ("llama", "relu2", 0.0, "the model's activation is relu2"),
     ("llama", "shifted_relu", 0.125, "the model's activation is shifted_relu"),
     ("llama", "fatrelu", 0.125, "with threshold 0.125, and PowerInfer knows no threshold: set drop_threshold=true"),
+    ("llama", "fatrelu", -0.125, "fatrelu with threshold -0.125, and PowerInfer knows no threshold"),
     ("mistral", "drelu", 0.125, "drelu with threshold 0.125"),
     ("llama_biased", "relu", 0.0, "no place for model.layers.0.mlp.down_proj.bias"),
     ("llama_special", "relu", 0.0, "head_dim is 16"),
@@ -392,7 +393,7 @@ def test_the_layouts_of_the_public_releases_are_read(name, tmp_path):
     model = load_model(tmp_path / "release", dtype=torch.float32)
     predictors = write_predictors(tmp_path / "predictors", 2, model.config.hidden_size, model.config.intermediate_size)
     words = sentencepiece_of(model.config.vocab_size)
-    if param > 0:
+    if param != 0:
         with pytest.raises(ValueError, match=f"threshold {param:g}, and PowerInfer knows no threshold"):
             export_powerinfer(model, words, predictors, tmp_path / "out")
     file, result = exported(model, words, predictors, tmp_path / "out", drop_threshold=True)

@@ -85,7 +85,7 @@ def export_powerinfer(
     learned, cutoff = load_predictors(predictors, *shape)
     vocabulary = _vocabulary(tokenizer, config.vocab_size)
     dropped: dict[str, Any] = {}
-    if threshold > 0:
+    if threshold != 0:
         dropped = {"dropped_threshold": threshold}
         before = None if rows is None else measure(model, rows, batch=batch)
         activation = "drelu" if activation == "drelu" else "relu"
@@ -157,7 +157,7 @@ def _architecture(model: PreTrainedModel, activation: str, threshold: float, dro
     cut = "relu" if activation == "fatrelu" else activation
     if cut not in ARCHITECTURES:
         raise ValueError(f"the model's activation is {activation}: PowerInfer computes relu and drelu only")
-    if threshold > 0 and not drop_threshold:
+    if threshold != 0 and not drop_threshold:
         raise ValueError(
             f"the model's activation is {activation} with threshold {threshold:g}, and PowerInfer knows no threshold: "
             "set drop_threshold=true to write it without (and text= to measure what that does)"
