@@ -418,9 +418,10 @@ def test_a_full_disk_leaves_nothing_behind_and_is_named(bpe, predictors, tmp_pat
         assert not list(out.parent.iterdir())
 
 
-def test_weights_that_f16_cannot_hold_are_refused(bpe, predictors, tmp_path):
+@pytest.mark.parametrize("weight", [1e6, torch.nan])
+def test_weights_that_f16_cannot_hold_are_refused(weight, bpe, predictors, tmp_path):
     model = relu_llama()
-    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = 1e6
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = weight
     with pytest.raises(ValueError, match="blk.1.ffn_up.weight has weights that f16 cannot hold"):
         export_powerinfer(model, bpe, predictors, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -119,7 +119,7 @@ def export_powerinfer(
         writer.write_ti_data_to_file()
         for tensor, kind, data in tensors:
             numbers = data().float().cpu().contiguous().numpy()
-            if np.abs(numbers).max() > np.finfo(np.float16).max:
+            if not np.abs(numbers).max() <= np.finfo(np.float16).max:  # NaN is none, either
                 raise ValueError(f"{tensor} has weights that f16 cannot hold: PowerInfer cannot run this model")
             writer.write_tensor_data(gguf.quants.quantize(numbers, kind).view(_Written))
         writer.close()
