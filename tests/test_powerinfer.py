@@ -145,7 +145,10 @@ def test_rows_that_do_not_divide_by_32_stay_f16(bpe, tmp_path):
 
 
 def test_the_metadata_says_what_the_runtime_asks_for(bpe, predictors, tmp_path):
-    file, result = exported(relu_llama(), bpe, predictors, tmp_path / "out")
+    model = relu_llama()
+    model.config._name_or_path = None  # as a run's checkpoint has it
+    file, result = exported(model, bpe, predictors, tmp_path / "out")
+    assert file.keys["general.name"] == "prosparse"
     keys = {
         "context_length": 256,
         "embedding_length": 32,

@@ -188,7 +188,7 @@ def _context(config: Any) -> int:
 def _write_shapes(writer: gguf.GGUFWriter, model: PreTrainedModel, quantization: Quantization, cutoff: float) -> None:
     config = model.config
     heads = config.num_attention_heads
-    writer.add_name(Path(str(config._name_or_path)).name or "prosparse")
+    writer.add_name(Path(config._name_or_path or "").name or "prosparse")
     writer.add_context_length(_context(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
