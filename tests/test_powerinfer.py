@@ -145,7 +145,10 @@ def test_rows_that_do_not_divide_by_32_stay_f16(bpe, tmp_path):
 
 
 def test_the_metadata_says_what_the_runtime_asks_for(bpe, predictors, tmp_path):
-    file, result = exported(relu_llama(), bpe, predictors, tmp_path / "out")
+    model = relu_llama()
+    model.config._name_or_path = None  # as a run's checkpoint has it
+    file, result = exported(model, bpe, predictors, tmp_path / "out")
+    assert file.keys["general.name"] == "prosparse"
     keys = {
         "context_length": 256,
         "embedding_length": 32,
@@ -294,6 +297,7 @@ REFUSED = [
     ("llama", "relu2", 0.0, "the model's activation is relu2"),
     ("llama", "shifted_relu", 0.125, "the model's activation is shifted_relu"),
     ("llama", "fatrelu", 0.125, "with threshold 0.125, and PowerInfer knows no threshold: set drop_threshold=true"),
+    ("llama", "fatrelu", -0.125, "fatrelu with threshold -0.125, and PowerInfer knows no threshold"),
     ("mistral", "drelu", 0.125, "drelu with threshold 0.125"),
     ("llama_biased", "relu", 0.0, "no place for model.layers.0.mlp.down_proj.bias"),
     ("llama_special", "relu", 0.0, "head_dim is 16"),
@@ -392,7 +396,7 @@ def test_the_layouts_of_the_public_releases_are_read(name, tmp_path):
     model = load_model(tmp_path / "release", dtype=torch.float32)
     predictors = write_predictors(tmp_path / "predictors", 2, model.config.hidden_size, model.config.intermediate_size)
     words = sentencepiece_of(model.config.vocab_size)
-    if param > 0:
+    if param != 0:
         with pytest.raises(ValueError, match=f"threshold {param:g}, and PowerInfer knows no threshold"):
             export_powerinfer(model, words, predictors, tmp_path / "out")
     file, result = exported(model, words, predictors, tmp_path / "out", drop_threshold=True)
@@ -417,9 +421,10 @@ def test_a_full_disk_leaves_nothing_behind_and_is_named(bpe, predictors, tmp_pat
         assert not list(out.parent.iterdir())
 
 
-def test_weights_that_f16_cannot_hold_are_refused(bpe, predictors, tmp_path):
+@pytest.mark.parametrize("weight", [1e6, torch.nan])
+def test_weights_that_f16_cannot_hold_are_refused(weight, bpe, predictors, tmp_path):
     model = relu_llama()
-    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = 1e6
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = weight
     with pytest.raises(ValueError, match="blk.1.ffn_up.weight has weights that f16 cannot hold"):
         export_powerinfer(model, bpe, predictors, tmp_path / "out")
     assert not (tmp_path / "out").exists()

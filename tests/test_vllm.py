@@ -93,7 +93,8 @@ def test_what_that_form_cannot_carry_is_named_and_written_for_the_plug_in(
     result = export_vllm(model, None, tmp_path / "out", torch.float32)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == [architecture] and architecture in ARCHITECTURES
-    assert obstacle in result["obstacles"] and result["plug_in"] and "pip install --no-deps" in result["serve"]
+    assert obstacle in result["obstacles"] and result["plug_in"]
+    assert "pip install --no-deps -e PATH_OF_THE_CLONE beside vLLM" in result["serve"]
     again = load_model(tmp_path / "out", dtype=torch.float32)
     assert activation_of(again) == (activation, param)
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-4)

@@ -85,7 +85,7 @@ def export_powerinfer(
     learned, cutoff = load_predictors(predictors, *shape)
     vocabulary = _vocabulary(tokenizer, config.vocab_size)
     dropped: dict[str, Any] = {}
-    if threshold > 0:
+    if threshold != 0:
         dropped = {"dropped_threshold": threshold}
         before = None if rows is None else measure(model, rows, batch=batch)
         activation = "drelu" if activation == "drelu" else "relu"
@@ -119,7 +119,7 @@ def export_powerinfer(
         writer.write_ti_data_to_file()
         for tensor, kind, data in tensors:
             numbers = data().float().cpu().contiguous().numpy()
-            if np.abs(numbers).max() > np.finfo(np.float16).max:
+            if not np.abs(numbers).max() <= np.finfo(np.float16).max:  # NaN is none, either
                 raise ValueError(f"{tensor} has weights that f16 cannot hold: PowerInfer cannot run this model")
             writer.write_tensor_data(gguf.quants.quantize(numbers, kind).view(_Written))
         writer.close()
@@ -157,7 +157,7 @@ def _architecture(model: PreTrainedModel, activation: str, threshold: float, dro
     cut = "relu" if activation == "fatrelu" else activation
     if cut not in ARCHITECTURES:
         raise ValueError(f"the model's activation is {activation}: PowerInfer computes relu and drelu only")
-    if threshold > 0 and not drop_threshold:
+    if threshold != 0 and not drop_threshold:
         raise ValueError(
             f"the model's activation is {activation} with threshold {threshold:g}, and PowerInfer knows no threshold: "
             "set drop_threshold=true to write it without (and text= to measure what that does)"
@@ -188,7 +188,7 @@ def _context(config: Any) -> int:
 def _write_shapes(writer: gguf.GGUFWriter, model: PreTrainedModel, quantization: Quantization, cutoff: float) -> None:
     config = model.config
     heads = config.num_attention_heads
-    writer.add_name(Path(str(config._name_or_path)).name or "prosparse")
+    writer.add_name(Path(config._name_or_path or "").name or "prosparse")
     writer.add_context_length(_context(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)

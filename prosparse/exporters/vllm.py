@@ -59,8 +59,8 @@ def export_vllm(
         said["serve"] = f"stock vLLM loads it: vllm serve {out}"
         return _export_stock(model, activation, param, tokenizer, out, dtype, state_dict, said, card)
     said["serve"] = (
-        f"vLLM needs the plug-in ({'; '.join(obstacles)}): pip install --no-deps prosparse beside vLLM, "
-        f"then vllm serve {out}"
+        f"vLLM needs the plug-in ({'; '.join(obstacles)}): pip install --no-deps -e PATH_OF_THE_CLONE "
+        f"beside vLLM, then vllm serve {out}"
     )
     if name == "minicpm":  # its architecture's name belongs to stock vLLM
         model = fold_minicpm(model)

@@ -2,7 +2,7 @@
 
 In: vLLM, which finds `register` by the entry point group `vllm.general_plugins` in each of its processes. Out: its
 registry knows this project's architectures (AutoConfig does, as soon as prosparse is imported). Needs only what vLLM
-has: `pip install --no-deps prosparse` is enough.
+has: `pip install --no-deps -e PATH_OF_THE_CLONE` is enough.
 """
 
 ARCHITECTURES = (
