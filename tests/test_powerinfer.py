@@ -194,6 +194,9 @@ def test_the_folder_holds_what_the_solver_reads(bpe, predictors, tmp_path):
         assert (out.parent / path.relative_to(predictors)).read_bytes() == path.read_bytes()
     assert json.loads((out.parent / "result.json").read_text()) == result
     export_powerinfer(relu_llama(), bpe, predictors, out)  # an earlier export is replaced
+    for other in (out.with_name("other.gguf"), out.parent):
+        with pytest.raises(ValueError, match="holds an earlier export, small.gguf, and not"):
+            export_powerinfer(relu_llama(), bpe, predictors, other)
     assert sorted(path.name for path in (tmp_path / "new").parent.iterdir()) == ["new", "predictors"]
 
 

@@ -106,7 +106,7 @@ def export_powerinfer(
     warning = _splits_otherwise(tokenizer)
     if warning is not None:
         print(f"warning: {warning}", file=sys.stderr)
-    with replacing(out) as folder:
+    with replacing(out, "powerinfer", name) as folder:
         writer = gguf.GGUFWriter(folder / name, architecture)
         _write_shapes(writer, model, quantization, cutoff)
         vocabulary(writer)
