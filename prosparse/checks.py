@@ -7,6 +7,7 @@ import re
 from dataclasses import fields, replace
 from importlib.resources import files
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 from prosparse.config import (
@@ -76,6 +77,8 @@ def validate(config: Any) -> None:
             len(config.runs) == 1 or config.out is not None,
             f"out is missing: a report of {len(config.runs)} runs belongs to none of their folders, give out=DIR",
         )
+    if isinstance(config, Export | ShiftCheckpoint):
+        _validate_own_place(config)
     if isinstance(config, Export):
         _validate_export(config)
 
@@ -330,6 +333,14 @@ def _validate_measure(config: Measure) -> None:
     require(percent is None or (isfinite(percent) and percent > 0), f"cett_percent is {percent}: give e.g. 1, or null")
     for percent in config.top_k:
         require(0 < percent <= 100, f"top_k has {percent}: give percents above 0 and up to 100")
+
+
+def _validate_own_place(config: Export | ShiftCheckpoint) -> None:
+    out, checkpoint = (Path(path).expanduser().resolve() for path in (config.out, config.checkpoint))
+    require(
+        checkpoint not in (out, out.parent if out.suffix == ".gguf" else out) or not checkpoint.exists(),
+        f"out={config.out} is the checkpoint itself, which would be replaced: choose another folder",
+    )
 
 
 def _validate_export(config: Export) -> None:

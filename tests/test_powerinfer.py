@@ -1,9 +1,11 @@
 """A PowerInfer file read back: its tensors, its metadata, and what a runtime that knows only them computes."""
 
 import json
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from chains import small_disk
@@ -99,7 +101,9 @@ def test_the_runtimes_own_forward_gives_the_models_logits(make, bpe, predictors,
 @pytest.mark.parametrize("quantization", [Quantization.f16, Quantization.q4_0])
 def test_every_tensor_is_the_models(quantization, bpe, predictors, tmp_path):
     model = relu_llama()
-    file, _ = exported(model, bpe, predictors, tmp_path / "out", quantization=quantization)
+    file, result = exported(model, bpe, predictors, tmp_path / "out", quantization=quantization)
+    largest = result["largest_error"]
+    assert largest == 0 if quantization is Quantization.f16 else 0 < largest < 0.2  # weights are f16 numbers
     ours, config = model.state_dict(), model.config
     learned, _ = load_predictors(predictors, 3, 32, 64)
 
@@ -194,7 +198,28 @@ def test_the_folder_holds_what_the_solver_reads(bpe, predictors, tmp_path):
         assert (out.parent / path.relative_to(predictors)).read_bytes() == path.read_bytes()
     assert json.loads((out.parent / "result.json").read_text()) == result
     export_powerinfer(relu_llama(), bpe, predictors, out)  # an earlier export is replaced
+    for other in (out.with_name("other.gguf"), out.parent):
+        with pytest.raises(ValueError, match="holds an earlier export, small.gguf, and not"):
+            export_powerinfer(relu_llama(), bpe, predictors, other)
     assert sorted(path.name for path in (tmp_path / "new").parent.iterdir()) == ["new", "predictors"]
+
+
+def test_a_file_that_is_not_what_was_to_be_written_is_no_export(bpe, predictors, tmp_path, monkeypatch):
+    export = partial(export_powerinfer, relu_llama(), bpe, predictors, tmp_path / "out")
+    with monkeypatch.context() as fault:
+        fault.setattr(gguf.GGUFWriter, "add_rope_freq_base", lambda *_: None)
+        with pytest.raises(RuntimeError, match="would not load the file that was written: llama.rope.freq_base is No"):
+            export()
+
+    def spoiled(array, file, *_) -> None:
+        file.write(array.tobytes()[:-2] + bytes(2))
+
+    for kind in Quantization:
+        with monkeypatch.context() as fault:
+            fault.setattr("prosparse.exporters.powerinfer._Written.tofile", spoiled)
+            with pytest.raises(RuntimeError, match="token_embd.weight does not stand in the file as it was written"):
+                export(quantization=kind)
+    assert not (tmp_path / "out").exists()
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------

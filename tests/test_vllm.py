@@ -186,6 +186,26 @@ def test_the_command_says_how_to_serve(folder, tmp_path):
     assert json.loads(done.stdout.splitlines()[-1])["format"] == "vllm"
 
 
+def test_an_export_replaces_neither_its_source_nor_another_format(folder, tmp_path, capsys):
+    model = load_model(folder, dtype=torch.float32)
+    substitute(model, "relu")
+    export_hf_model(model, AutoTokenizer.from_pretrained(folder), tmp_path / "relu", torch.float32)
+    export_vllm(model, None, tmp_path / "served", torch.float32)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    (tmp_path / "link").symlink_to("relu")
+    given = ["export", f"checkpoint={tmp_path}/relu"]
+    for arguments, message in (
+        ((*given, "format=vllm", f"out={tmp_path}/link"), f"out={tmp_path}/link is the checkpoint itself"),
+        ((*given, "format=hf", f"out={tmp_path}/served"), "holds an earlier export, format=vllm, and not hf: choose"),
+        (("export", f"checkpoint={folder}", "format=hf", f"out={tmp_path}/served"), "format=vllm, and not hf: choose"),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match="holds an earlier export, format=hf, and not vllm"):
+        export_vllm(model, None, tmp_path / "relu", torch.float32)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+
+
 @pytest.mark.parametrize("activation", ["relu", "drelu"])
 def test_a_full_disk_leaves_nothing_behind(activation, tmp_path):
     config = LlamaConfig(**TINY | {"hidden_size": 512, "intermediate_size": 2048}, head_dim=128)

@@ -94,7 +94,8 @@ def export_hf(
     """
     out = Path(out).expanduser().resolve()
     exported_config = released_config(config, activation, param, own)
-    with replacing(out) as folder:
+    said = {"format": "hf"} | (said or {})
+    with replacing(out, said["format"]) as folder:
         reference = build_model(stock_config(config), state_dict, dtype)
         put_sparse_ffns(reference, activation, param)  # a public release's threshold may not be a bf16 number
         model = build_model(exported_config, reference.state_dict(), dtype)
@@ -112,14 +113,13 @@ def export_hf(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         result = {
-            "format": "hf",
             "model_type": model.config.model_type,
             "activation": activation,
             "param": float(param),
             "dtype": str(dtype).removeprefix("torch."),
             **verify(folder, reference, activation, param, tokenizer),
         }
-        return seal(folder, out, result | (said or {}), card)
+        return seal(folder, out, said | result, card)
 
 
 def seal(folder: Path, out: Path, said: dict, card: Card | None = None) -> dict:
@@ -260,9 +260,12 @@ def reload_in_fresh_process(jobs: list[dict], scratch: Path) -> list[dict]:
 
 
 @contextmanager
-def replacing(out: Path) -> Iterator[Path]:
-    """A temporary sibling that takes the place of `out` when the block ends well and vanishes when it does not."""
-    _check_replaceable(out)
+def replacing(out: Path, form: str, name: str | None = None) -> Iterator[Path]:
+    """A temporary sibling that takes the place of `out` when the block ends well and vanishes when it does not.
+
+    Raises ValueError if `out` holds anything but an earlier export of the format `form` and, of a GGUF, of this `name`.
+    """
+    _check_replaceable(out, form, name)
     temporary, old = (out.with_name(f".{out.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -283,7 +286,7 @@ def replacing(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_replaceable(out: Path) -> None:
+def _check_replaceable(out: Path, form: str, name: str | None) -> None:
     if not out.exists():
         return
     if not out.is_dir():
@@ -300,3 +303,6 @@ def _check_replaceable(out: Path) -> None:
     if found - ours:
         foreign = min(found - ours)
         raise ValueError(f"out={out} holds {foreign}, which is no part of an earlier export: choose another folder")
+    if (result.get("format"), result.get("gguf")) != (form, name):
+        held = result.get("gguf") or f"format={result.get('format')}"
+        raise ValueError(f"out={out} holds an earlier export, {held}, and not {name or form}: choose another folder")

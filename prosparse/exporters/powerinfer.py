@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prosparse.config import Quantization
 from prosparse.exporters.hf import Card, replacing, seal
+from prosparse.exporters.powerinfer_file import MAGIC, File, unmet
 from prosparse.ffn import activation_of, substitute
 from prosparse.models.folding import fold_minicpm
 from prosparse.models.formats import family
@@ -28,10 +29,10 @@ from prosparse.models.minicpm import MiniCPMForCausalLM
 from prosparse.predictor import load_predictors
 from prosparse.sparsity import measure
 
-MAGIC = b"PWRI"
 ARCHITECTURES = {"relu": "llama", "drelu": "bamboo"}
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "minicpm")  # those whose layers may be Llama's
 BLOCK = 32  # weights of a row that Q4_0 quantizes together
+SMALLEST = 2.0**-22  # what their common scale, an f16 of 2^-24 at least, may cost beside: 8 times half of that
 NAMES = {  # of a layer's weights, here and there
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -73,8 +74,9 @@ def export_powerinfer(
     Weights are f16; with q4_0 those whose rows divide by 32 are Q4_0, but for output and predictors; norms are f32.
     A model with a threshold is written only with drop_threshold: it is then dropped from `model`, in place, and what
     that does is measured if `rows`, of `text`, are given. card: what README.md shall say.
-    Raises ValueError for what PowerInfer cannot compute and for predictors of another model. Nothing is left behind
-    by a failure.
+    The file is read back: held against what PowerInfer's loader asks, and each tensor against the model's.
+    Raises ValueError for what PowerInfer cannot compute and for predictors of another model, RuntimeError if the file
+    is not what was to be written. Nothing is left behind by a failure.
     """
     out = Path(out).expanduser().resolve()
     out, name = (out.parent, out.name) if out.suffix == ".gguf" else (out, "model.powerinfer.gguf")
@@ -106,7 +108,7 @@ def export_powerinfer(
     warning = _splits_otherwise(tokenizer)
     if warning is not None:
         print(f"warning: {warning}", file=sys.stderr)
-    with replacing(out) as folder:
+    with replacing(out, "powerinfer", name) as folder:
         writer = gguf.GGUFWriter(folder / name, architecture)
         _write_shapes(writer, model, quantization, cutoff)
         vocabulary(writer)
@@ -123,6 +125,7 @@ def export_powerinfer(
                 raise ValueError(f"{tensor} has weights that f16 cannot hold: PowerInfer cannot run this model")
             writer.write_tensor_data(gguf.quants.quantize(numbers, kind).view(_Written))
         writer.close()
+        largest = _verify(folder / name, tensors)
         with open(folder / name, "r+b") as file:
             file.write(MAGIC)
         source = Path(predictors).expanduser()
@@ -138,6 +141,7 @@ def export_powerinfer(
             "quantization": str(quantization),
             "cutoff": cutoff,
             "context": _context(model.config),
+            "largest_error": largest,
             "warning": warning,
             **dropped,
         }
@@ -149,6 +153,36 @@ class _Written(np.ndarray):
 
     def tofile(self, file: Any, *_: Any) -> None:
         file.write(self.tobytes())
+
+
+def _verify(path: Path, tensors: list[tuple[str, Kind, Callable[[], Tensor]]]) -> float:
+    """Read the file back and return the largest difference of a weight from the model's, which rounding makes.
+
+    Raises RuntimeError for what PowerInfer's loader would stop at and for a tensor that differs by more than that:
+    f32 and f16 hold what rounds to them, Q4_0 a number within a seventh of its block's largest.
+    """
+    largest = 0.0
+    try:
+        reader = gguf.GGUFReader(path)
+        wrong = unmet(File(reader))
+    except (ValueError, IndexError, KeyError) as error:
+        raise RuntimeError(f"the file that was written cannot be read: {error}") from error
+    if wrong:
+        raise RuntimeError(f"PowerInfer would not load the file that was written: {'; '.join(wrong)}")
+    written = {tensor.name: tensor for tensor in reader.tensors}
+    for name, kind, data in tensors:
+        numbers = data().float().cpu().numpy()
+        held = gguf.quants.dequantize(written[name].data, kind).astype(np.float32)
+        apart = np.abs(held - numbers)
+        if kind is Kind.Q4_0:
+            blocks = np.abs(numbers).reshape(-1, BLOCK).max(axis=1, keepdims=True)
+            right = (apart.reshape(-1, BLOCK) <= blocks / 7 + SMALLEST).all()
+        else:
+            right = (held == numbers.astype(np.float16 if kind is Kind.F16 else np.float32)).all()
+        if not right:
+            raise RuntimeError(f"{name} does not stand in the file as it was written: it differs by {apart.max():.3g}")
+        largest = max(largest, float(apart.max()))
+    return largest
 
 
 def _architecture(model: PreTrainedModel, activation: str, threshold: float, drop_threshold: bool) -> str:

@@ -108,7 +108,7 @@ def _export_stock(
     layers, hidden = model.config.num_hidden_layers, model.config.hidden_size
     undone = {"scale_emb": 1, "scale_depth": math.sqrt(layers), "dim_model_base": hidden}
     values = undone | {key: value for key, value in inherited(model.config).items() if key != "sliding_window"}
-    with replacing(out) as folder:
+    with replacing(out, "vllm") as folder:
         reference = build_model(stock_config(model.config), state_dict, dtype)
         put_sparse_ffns(reference, activation, param)
         cut = round_bf16(param) if dtype == torch.bfloat16 else param  # torch compares bf16 gates with a bf16 number
