@@ -14,7 +14,7 @@ SHAPES = (  # keys that begin with the architecture's name
 
 
 class File:
-    """Metadata, and of the tensors name, kind, shape and place; magic: the first bytes, of which gguf reads GGUF only."""
+    """Metadata, and of the tensors name, kind, shape and place; magic: the first bytes, where gguf reads GGUF."""
 
     def __init__(self, reader: gguf.GGUFReader, magic: bytes = MAGIC):
         self.magic = magic
