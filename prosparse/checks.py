@@ -365,6 +365,10 @@ def _validate_export(config: Export) -> None:
             config.text is None or config.drop_threshold,
             "text is measured only with drop_threshold=true: leave it out, or set that",
         )
+        require(
+            config.text is not None or not config.drop_threshold,
+            "text is missing: drop_threshold=true changes the model, and what that does is measured on text=",
+        )
 
 
 def _validate_predict(config: Predict) -> None:

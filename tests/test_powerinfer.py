@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from chains import small_disk
@@ -369,6 +370,7 @@ def test_bad_input_is_one_line_and_exit_code_2(bpe, predictors, tmp_path, capsys
         refused([f"checkpoint={model}", f"predictors={folder}"], message, capsys, tmp_path)
     refused([f"checkpoint={relu}"], "predictors is missing", capsys, tmp_path)
     given = [f"checkpoint={relu}", f"predictors={predictors}"]
+    refused([*given, "drop_threshold=true"], "text is missing: drop_threshold=true changes the model", capsys, tmp_path)
     refused([*given, "text=stdlib"], "text is measured only with drop_threshold=true", capsys, tmp_path)
     saved(tmp_path / "words", relu_llama(), word_tokenizer())
     refused([f"checkpoint={tmp_path}/words", f"predictors={predictors}"], "of type WordLevel", capsys, tmp_path)
@@ -424,7 +426,11 @@ def test_the_layouts_of_the_public_releases_are_read(name, tmp_path):
     if param != 0:
         with pytest.raises(ValueError, match=f"threshold {param:g}, and PowerInfer knows no threshold"):
             export_powerinfer(model, words, predictors, tmp_path / "out")
-    file, result = exported(model, words, predictors, tmp_path / "out", drop_threshold=True)
+        with pytest.raises(ValueError, match="rows are missing"):
+            export_powerinfer(model, words, predictors, tmp_path / "out", drop_threshold=True)
+    rows = [np.arange(12) % model.config.vocab_size]
+    file, result = exported(model, words, predictors, tmp_path / "out", drop_threshold=True, rows=rows)
+    assert ("before" in result) == ("perplexity" in result.get("after", {})) == (param != 0)
     assert result.get("dropped_threshold", 0.0) == param
     assert result["architecture"] == ("bamboo" if activation == "drelu" else "llama")
     with torch.no_grad():  # of the model without its threshold

@@ -73,7 +73,7 @@ def export_powerinfer(
 
     Weights are f16; with q4_0 those whose rows divide by 32 are Q4_0, but for output and predictors; norms are f32.
     A model with a threshold is written only with drop_threshold: it is then dropped from `model`, in place, and what
-    that does is measured if `rows`, of `text`, are given. card: what README.md shall say.
+    that does is measured on `rows`, of `text`. card: what README.md shall say.
     The file is read back: held against what PowerInfer's loader asks, and each tensor against the model's.
     Raises ValueError for what PowerInfer cannot compute and for predictors of another model, RuntimeError if the file
     is not what was to be written. Nothing is left behind by a failure.
@@ -82,6 +82,8 @@ def export_powerinfer(
     out, name = (out.parent, out.name) if out.suffix == ".gguf" else (out, "model.powerinfer.gguf")
     activation, threshold = activation_of(model)
     architecture = _architecture(model, activation, threshold, drop_threshold)
+    if threshold != 0 and rows is None:
+        raise ValueError("rows are missing: what the model loses with its threshold is measured on them")
     config = model.config
     shape = (config.num_hidden_layers, config.hidden_size, config.intermediate_size)
     learned, cutoff = load_predictors(predictors, *shape)
@@ -89,19 +91,19 @@ def export_powerinfer(
     dropped: dict[str, Any] = {}
     if threshold != 0:
         dropped = {"dropped_threshold": threshold}
-        before = None if rows is None else measure(model, rows, batch=batch)
+        assert rows is not None
+        before = measure(model, rows, batch=batch)
         activation = "drelu" if activation == "drelu" else "relu"
         substitute(model, activation)
-        if rows is not None and before is not None:
-            after = measure(model, rows, batch=batch)
-            for when, seen in (("before", before), ("after", after)):
-                dropped[when] = {"sparsity": seen.sparsity, "perplexity": seen.perplexity}
-            dropped |= {"text": text, "tokens": before.tokens}
-            print(
-                f"without the threshold: sparsity {before.sparsity:.2%} -> {after.sparsity:.2%}, perplexity "
-                f"{before.perplexity:.3f} -> {after.perplexity:.3f}",
-                file=sys.stderr,
-            )
+        after = measure(model, rows, batch=batch)
+        for when, seen in (("before", before), ("after", after)):
+            dropped[when] = {"sparsity": seen.sparsity, "perplexity": seen.perplexity}
+        dropped |= {"text": text, "tokens": before.tokens}
+        print(
+            f"without the threshold: sparsity {before.sparsity:.2%} -> {after.sparsity:.2%}, perplexity "
+            f"{before.perplexity:.3f} -> {after.perplexity:.3f}",
+            file=sys.stderr,
+        )
     if isinstance(model, MiniCPMForCausalLM):
         model = fold_minicpm(model)
     tensors = _tensors(model, [dict(predictor.state_dict()) for predictor in learned], quantization)
@@ -194,7 +196,7 @@ def _architecture(model: PreTrainedModel, activation: str, threshold: float, dro
     if threshold != 0 and not drop_threshold:
         raise ValueError(
             f"the model's activation is {activation} with threshold {threshold:g}, and PowerInfer knows no threshold: "
-            "set drop_threshold=true to write it without (and text= to measure what that does)"
+            "set drop_threshold=true to write it without, and text= to measure what that does"
         )
     if family(config) not in FAMILIES:
         raise ValueError(f"{kind}: PowerInfer's {ARCHITECTURES[cut]} computes Llama's layers only")
