@@ -331,15 +331,24 @@ def predict(
 
 
 def load_predictors(folder: str | Path, layers: int, hidden: int, neurons: int) -> tuple[list[Predictor], float]:
-    """The predictors in `folder` and their cutoff; raises ValueError if they are not those of a model of this shape."""
+    """The predictors in `folder` and their cutoff; raises ValueError if they are not those of a model of this shape.
+
+    Each is fc1.weight and fc2.weight and no more, of finite numbers.
+    """
     folder = Path(folder).expanduser()
     predictors = []
     try:
         cutoff = float(json.loads((folder / "config.json").read_text())["sparse_threshold"])
         for layer in range(layers):
             weights = torch.load(folder / _file(layer), map_location="cpu", weights_only=True)
+            if len(weights) != 2:
+                raise ValueError(f"predictors={folder}: {_file(layer)} holds more than fc1.weight and fc2.weight")
             fc1, fc2 = (weights[key].float() for key in ("fc1.weight", "fc2.weight"))
             rank = fc1.shape[0]
+            if not all(part.isfinite().all() for part in (fc1, fc2, torch.tensor(cutoff))):
+                raise ValueError(
+                    f"predictors={folder}: {_file(layer)} or the cutoff, {cutoff}, has a number not finite"
+                )
             if fc1.shape != (rank, hidden) or fc2.shape != (neurons, rank):
                 raise ValueError(
                     f"predictors={folder}: {_file(layer)} is {list(fc1.shape)}, {list(fc2.shape)}, and the model needs "
@@ -355,6 +364,12 @@ def load_predictors(folder: str | Path, layers: int, hidden: int, neurons: int) 
     if (folder / _file(layers)).exists():
         raise ValueError(f"predictors={folder} are of more than the model's {layers} layers: train them on this model")
     return predictors, cutoff
+
+
+def trained_on(folder: str | Path) -> str | None:
+    """The checkpoint that `prosparse predict` made the predictors in `folder` of; None if another program made them."""
+    said = Path(folder).expanduser() / "result.json"
+    return json.loads(said.read_text()).get("checkpoint") if said.exists() else None
 
 
 def _file(layer: int) -> str:

@@ -192,7 +192,11 @@ def test_what_the_runtimes_loader_stops_at_is_found(bpe, predictors, tmp_path):
 
 def test_the_folder_holds_what_the_solver_reads(bpe, predictors, tmp_path):
     out = tmp_path / "new" / "small.gguf"
+    assert export_powerinfer(relu_llama(), bpe, predictors, out)["predictors_of"] is None
+    (predictors / "result.json").write_text(json.dumps({"verb": "predict", "checkpoint": "runs/demo"}))
     result = export_powerinfer(relu_llama(), bpe, predictors, out)
+    assert result["predictors_of"] == "runs/demo"
+    (predictors / "result.json").unlink()
     found = {str(path.relative_to(out.parent)) for path in out.parent.rglob("*") if path.is_file()}
     assert found == {*result["files"], "result.json"} and "small.gguf" in found
     for path in predictors.rglob("*.*"):

@@ -308,3 +308,25 @@ def test_hot_neurons_are_the_fewest_that_make_up_four_fifths():
     assert hot(torch.tensor([0.1, 0.0, 0.6, 0.3])).tolist() == [False, False, True, True]
     assert hot(torch.tensor([0.81, 0.0, 0.1, 0.09])).tolist() == [True, False, False, False]
     assert not hot(torch.zeros(4)).any()
+
+
+# --- what is read back ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("weights", "cutoff", "message"),
+    [
+        ({"fc1.bias": torch.zeros(4)}, 0.0, "model_0.pt holds more than fc1.weight and fc2.weight"),
+        ({"fc2.weight": torch.full((16, 4), torch.nan)}, 0.0, "model_0.pt or the cutoff, 0.0, has a number not finite"),
+        ({"fc1.weight": torch.full((4, 8), torch.inf)}, 0.0, "not finite"),
+        ({}, math.nan, "the cutoff, nan, has a number not finite"),
+    ],
+)
+def test_predictors_of_other_weights_or_no_numbers_are_refused(weights, cutoff, message, tmp_path):
+    whole = {"fc1.weight": torch.zeros(4, 8), "fc2.weight": torch.zeros(16, 4)}
+    (tmp_path / "activation").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps({"sparse_threshold": cutoff}))
+    torch.save(whole | weights, tmp_path / "model_0.pt")
+    torch.save(torch.zeros(16), tmp_path / "activation" / "activation_0.pt")
+    with pytest.raises(ValueError, match=message):
+        load_predictors(tmp_path, 1, 8, 16)

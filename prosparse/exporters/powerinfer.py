@@ -26,7 +26,7 @@ from prosparse.ffn import activation_of, substitute
 from prosparse.models.folding import fold_minicpm
 from prosparse.models.formats import family
 from prosparse.models.minicpm import MiniCPMForCausalLM
-from prosparse.predictor import load_predictors
+from prosparse.predictor import load_predictors, trained_on
 from prosparse.sparsity import measure
 
 ARCHITECTURES = {"relu": "llama", "drelu": "bamboo"}
@@ -142,6 +142,7 @@ def export_powerinfer(
             "activation": activation,
             "quantization": str(quantization),
             "cutoff": cutoff,
+            "predictors_of": trained_on(predictors),
             "context": _context(model.config),
             "largest_error": largest,
             "warning": warning,
