@@ -29,6 +29,7 @@ from prosparse.ffn import (
     UngatedFFN,
     activation_of,
     ffn_forms,
+    put_sparse_ffns,
     round_bf16,
     sparse_ffns,
     substitute,
@@ -262,8 +263,8 @@ def fold(
     the same; rows of neurons that never fire become 0. dReLU is cut on its gate only, and up keeps its sign.
     threshold: t, rounded to bf16; None: the median of the finite t_j. token_ids, [rows, tokens]: where logits are
     compared with those of the model with its thresholds apart, before and after a cast to `dtype`.
-    Raises ValueError, with the model unchanged, if it is not fp32, not relu, fatrelu or drelu, or ungated (no up
-    projection could take the factor back), or if a t_j is below 1e-4.
+    Raises ValueError, with weights, threshold and config of `model` unchanged, if it is not fp32, not relu, fatrelu or
+    drelu, or ungated (no up projection could take the factor back), or if a t_j is below 1e-4.
     """
     name, param = activation_of(model)
     if name not in ("relu", "fatrelu", "drelu"):
@@ -278,7 +279,7 @@ def fold(
     if len(thresholds) != len(forms):
         raise ValueError(f"{len(thresholds)} thresholds for {len(forms)} layers: give one entry a layer")
     stock = stock_config(model.config)
-    substitute(model, name, param)
+    put_sparse_ffns(model, name, param)  # `substitute` would round a release's threshold, refused or not
     ffns = sparse_ffns(model)
     apart = [_spread(layer, ffn, at) for layer, (ffn, at) in enumerate(zip(ffns, thresholds, strict=True))]
     finite = torch.cat([at[at.isfinite()] for at in apart])

@@ -7,7 +7,7 @@ import torch
 from test_models import TOKEN_IDS, base_model, logits
 
 from prosparse.allocation import fold
-from prosparse.ffn import activation_of, sparse_ffns, substitute
+from prosparse.ffn import activation_of, put_sparse_ffns, sparse_ffns, substitute
 
 
 def neuron_thresholds(model, seed: int = 1) -> list[torch.Tensor]:
@@ -93,6 +93,15 @@ def test_what_does_not_fold_is_refused_and_stays(base, activation, thresholds, t
     with pytest.raises(ValueError, match=message):
         fold(model, thresholds, threshold, token_ids=TOKEN_IDS)
     assert torch.equal(logits(model), before) and activation_of(model) == (activation, 0.0)
+
+
+def test_a_refusal_leaves_a_threshold_that_is_no_bf16_number():
+    model = base_model("llama")
+    put_sparse_ffns(model, "fatrelu", 0.01)  # as a public release is opened
+    config = model.config.to_dict()
+    with pytest.raises(ValueError, match="every neuron's threshold is infinite"):
+        fold(model, [torch.inf, torch.inf], token_ids=TOKEN_IDS)
+    assert activation_of(model) == ("fatrelu", 0.01) and model.config.to_dict() == config
 
 
 def test_thresholds_fold_into_fp32_weights_only():
