@@ -293,15 +293,33 @@ def test_a_vocabulary_that_the_runtime_stops_at_is_refused(vocabulary, message, 
     assert message in str(error.value) and not (tmp_path / "out").exists()
 
 
-def test_a_newer_pre_tokenizer_is_warned_of_with_an_example(bpe, predictors, tmp_path, capsys):
-    raw = Tokenizer.from_str(bpe.backend_tokenizer.to_str())
-    raw.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    words = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
-    result = export_powerinfer(relu_llama(), words, predictors, tmp_path / "out")
-    assert "'in 2024'" in result["warning"] and result["warning"] in capsys.readouterr().err
+def test_a_tokenizer_that_powerinfer_reads_otherwise_is_warned_of_with_an_example(bpe, predictors, tmp_path, capsys):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+
+    def warned(merges: list[tuple[str, str]], normalizer=None, split=digits, whole: bool = False) -> str | None:
+        vocabulary = {text: place for place, text in enumerate(["in", *alphabet, *("".join(pair) for pair in merges)])}
+        raw = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=whole))
+        raw.pre_tokenizer = split
+        if normalizer is not None:
+            raw.normalizer = normalizer
+        words = PreTrainedTokenizerFast(tokenizer_object=raw)
+        return export_powerinfer(relu_llama(), words, predictors, tmp_path / "out")["warning"]
+
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert warned([("a", "b")]) is None  # other words, but the same tokens
+    warning = warned([("\u0120", "\u0120")])
+    assert "'in  2024'" in warning and warning in capsys.readouterr().err
+    assert "'in 2024'" in warned([("2", "0")])
+    assert "caf\u00e9" in warned([("a", "b")], normalizers.NFC(), plain)
+    assert "'in 2024'" in warned([("a", "b")], None, plain, whole=True)
     assert export_powerinfer(relu_llama(), bpe, predictors, tmp_path / "out")["warning"] is None
+    words = sentencepiece_of(300)
+    assert (
+        "puts a space before a text" in export_powerinfer(relu_llama(), words, predictors, tmp_path / "out")["warning"]
+    )
+    words.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    assert export_powerinfer(relu_llama(), words, predictors, tmp_path / "out")["warning"] is None
 
 
 # --- refusals, through the command ------------------------------------------------------------------------------------

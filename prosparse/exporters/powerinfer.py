@@ -15,7 +15,7 @@ from typing import Any
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -46,14 +46,14 @@ NAMES = {  # of a layer's weights, here and there
 }
 PROBES = (
     "in 2024",
+    "in  2024",
     "x = 10,000",
     "it's IT'S",
     "a  b",
     "if x:\n\n        return",
-    "\u4f60\u597d, caf\u00e9!",
+    "\u4f60\u597d, caf\u00e9, cafe\u0301!",
     "a_b(c)->d",
 )
-GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
 def export_powerinfer(
@@ -107,7 +107,7 @@ def export_powerinfer(
     if isinstance(model, MiniCPMForCausalLM):
         model = fold_minicpm(model)
     tensors = _tensors(model, [dict(predictor.state_dict()) for predictor in learned], quantization)
-    warning = _splits_otherwise(tokenizer)
+    warning = _reads_otherwise(tokenizer)
     if warning is not None:
         print(f"warning: {warning}", file=sys.stderr)
     with replacing(out, "powerinfer", name) as folder:
@@ -353,13 +353,24 @@ def _no_unreadable_token(tokens: list[str], line_feed: str) -> None:
         raise ValueError(f"the tokenizer has no token for the line feed ({line_feed}): PowerInfer does not load it")
 
 
-def _splits_otherwise(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A warning with an example, if PowerInfer's pre-tokenizer, GPT-2's, splits text into other words than this one."""
+def _reads_otherwise(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A warning with an example, if PowerInfer gives text other tokens than this tokenizer.
+
+    It has GPT-2's way of splitting text into words, merges within them, no normalizer, and for SentencePiece always a
+    space before the text.
+    """
     backend = tokenizer.backend_tokenizer
-    if backend.pre_tokenizer is None or json.loads(backend.to_str())["model"].get("byte_fallback"):
-        return None
+    content = json.loads(backend.to_str())
+    if content["model"].get("byte_fallback"):
+        text = "a" if backend.normalizer is None else backend.normalizer.normalize_str("a")
+        words = [(text, None)] if backend.pre_tokenizer is None else backend.pre_tokenizer.pre_tokenize_str(text)
+        spaced = words[0][0].startswith("\u2581")
+        return None if spaced else "PowerInfer puts a space before a text, this tokenizer none: it gets other tokens"
+    content |= {"normalizer": None, "model": content["model"] | {"ignore_merges": False}}
+    other = Tokenizer.from_str(json.dumps(content))
+    other.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     for text in PROBES:
-        ours, theirs = ([word for word, _ in made.pre_tokenize_str(text)] for made in (backend.pre_tokenizer, GPT2))
-        if ours != theirs:
-            return f"PowerInfer splits {text!r} into {theirs}, this tokenizer into {ours}: such text gets other tokens"
+        ours, theirs = (made.encode(text, add_special_tokens=False) for made in (backend, other))
+        if ours.ids != theirs.ids:
+            return f"PowerInfer reads {text!r} as {theirs.tokens}, this tokenizer as {ours.tokens}: other tokens"
     return None
