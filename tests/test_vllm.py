@@ -71,6 +71,14 @@ def test_a_plain_llama_is_written_as_the_minicpm_that_stock_vllm_loads(base, act
     assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
 
 
+def test_stray_scalings_in_a_llamas_config_are_undone(tmp_path):
+    model = sparse_model("llama", "relu", 0.0)
+    for key, value in (("scale_emb", 12), ("scale_depth", 1.4), ("dim_model_base", 8)):
+        setattr(model.config, key, value)
+    export_vllm(model, None, tmp_path / "out", torch.float32)
+    torch.testing.assert_close(logits(as_vllm_loads_it(tmp_path / "out")), logits(model), rtol=1e-5, atol=1e-5)
+
+
 def test_vllms_cut_keeps_a_gate_that_equals_the_threshold():
     for threshold in (0.01, 0.125, 1e-4, 3.0):
         t = torch.tensor(threshold, dtype=torch.bfloat16).item()

@@ -107,7 +107,9 @@ def _export_stock(
 ) -> dict:
     layers, hidden = model.config.num_hidden_layers, model.config.hidden_size
     undone = {"scale_emb": 1, "scale_depth": math.sqrt(layers), "dim_model_base": hidden}
-    values = undone | {key: value for key, value in inherited(model.config).items() if key != "sliding_window"}
+    values = {key: value for key, value in inherited(model.config).items() if key != "sliding_window"}
+    if family(model.config) != "minicpm":  # whose own keys they are; others' configs may bear them astray
+        values |= undone
     with replacing(out, "vllm") as folder:
         reference = build_model(stock_config(model.config), state_dict, dtype)
         put_sparse_ffns(reference, activation, param)
