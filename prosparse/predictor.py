@@ -8,13 +8,14 @@ FFN's norm, as PowerInfer's graph has it. One pass over the rows writes h and th
 in OUT, so that a model's activations need not fit into memory; the predictors are then trained layer by layer.
 """
 
+import errno
 import json
 import pickle
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,14 +261,14 @@ def predict(
     start = how.rank or max(1, hidden // (4 if how.recall is None else 16))
     if start > hidden:
         raise ValueError(f"rank is {start}, more than the model's {hidden} dimensions: lower it")
-    out = _claim(Path(how.out).expanduser())
+    out = Path(how.out).expanduser()
     cutoffs = sorted({*how.cutoffs, how.cutoff})
     at = cutoffs.index(how.cutoff)
     device, layers = model.device, len(places(model))
     model.eval()
     chosen = spread(len(held_out_rows), how.evaluate_rows)
-    with TemporaryDirectory(prefix=".predict-", dir=out) as scratch:
-        recorded, made = Path(scratch), Path(scratch, "made")
+    with _scratch(out) as recorded:
+        made = recorded / "made"
         (made / "activation").mkdir(parents=True)
         train = record(model, train_rows, spread(len(train_rows), how.rows), recorded / "training", how)
         held_out = record(model, held_out_rows, chosen, recorded / "held_out", how)
@@ -376,8 +377,25 @@ def _file(layer: int) -> str:
     return f"model_{layer}.pt"
 
 
-def _claim(out: Path) -> Path:
-    """The folder, made if needed: empty, or of an earlier `predict`, or with nothing but what is hidden."""
+@contextmanager
+def _scratch(out: Path) -> Iterator[Path]:
+    """A hidden folder in `out`, for as long as the block runs; if it fails, `out` goes, too, where there was none."""
+    there = out.exists()
+    _claim(out)
+    try:
+        with TemporaryDirectory(prefix=".predict-", dir=out) as scratch:
+            yield Path(scratch)
+    except BaseException as error:
+        if not there:
+            with suppress(OSError):
+                out.rmdir()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(f"out={out} cannot be written: {error.strerror}") from error
+        raise
+
+
+def _claim(out: Path) -> None:
+    """Make the folder if needed; it is empty, or of an earlier `predict`, or has nothing but what is hidden."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         foreign = [path.name for path in out.iterdir() if not path.name.startswith(".")]
@@ -386,7 +404,6 @@ def _claim(out: Path) -> Path:
         raise ValueError(f"out={out} cannot be used ({error}): choose another folder") from error
     if foreign and result.get("verb") != "predict":
         raise ValueError(f"out={out} holds {min(foreign)}, which no earlier predict made: choose another folder")
-    return out
 
 
 def _put(made: Path, out: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from chains import fill, small_disk
 from conftest import make_tiny, tiny_llama
 from safetensors import safe_open
 from test_models import base_model
@@ -237,7 +238,17 @@ def test_a_folder_with_other_files_is_left_alone(small, tmp_path, capsys):
 def test_a_failure_leaves_no_scratch_files(small, tmp_path, monkeypatch):
     monkeypatch.setattr("prosparse.predictor.fit", lambda *arguments: 1 / 0)
     assert main(["predict", *overrides(small, tmp_path / "out")]) == 1
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_named_and_leaves_no_folder(small, tmp_path, capsys):
+    with small_disk(tmp_path / "disk") as mounted:
+        if not mounted:
+            pytest.skip("no small disk: mount is not allowed here")
+        filler, out = fill(tmp_path / "disk", 65536), tmp_path / "disk" / "out"
+        assert main(["predict", *overrides(small, out)]) == 1
+        assert f"prosparse predict: out={out} cannot be written: No space left on device" in capsys.readouterr().err
+        assert list((tmp_path / "disk").iterdir()) == [filler]
 
 
 def test_judging_in_chunks_counts_every_token(small, tmp_path, monkeypatch):
