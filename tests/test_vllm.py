@@ -71,6 +71,20 @@ def test_a_plain_llama_is_written_as_the_minicpm_that_stock_vllm_loads(base, act
     assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
 
 
+@pytest.mark.parametrize(
+    ("base", "dtype", "message"),
+    [
+        ("llama", torch.float16, "dtype is torch.float16: format=vllm writes torch.float32 and torch.bfloat16"),
+        ("opt", torch.float32, "format=vllm cannot carry the family opt"),
+        ("mixtral", torch.float32, "format=vllm cannot carry the family mixtral"),
+    ],
+)
+def test_other_types_and_families_are_refused(base, dtype, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        export_vllm(sparse_model(base, "relu", 0.0), None, tmp_path / "out", dtype)
+    assert not list(tmp_path.iterdir())
+
+
 def test_stray_scalings_in_a_llamas_config_are_undone(tmp_path):
     model = sparse_model("llama", "relu", 0.0)
     for key, value in (("scale_emb", 12), ("scale_depth", 1.4), ("dim_model_base", 8)):

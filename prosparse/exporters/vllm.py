@@ -46,9 +46,11 @@ def export_vllm(
             f"the model's activation is {activation}, which is not sparse: vLLM serves its folder as it is; "
             f"format=vllm is for {', '.join(SPARSE_ACTIVATIONS)}"
         )
+    if dtype not in TOLERANCE:
+        raise ValueError(f"dtype is {dtype}: format=vllm writes {' and '.join(map(str, TOLERANCE))}")
     name = family(model.config)
     if name not in (*FAMILIES, "minicpm"):
-        raise ValueError(f"format=vllm cannot carry a {name} model: it is for {', '.join(FAMILIES)} and minicpm")
+        raise ValueError(f"format=vllm cannot carry the family {name}: it is for {', '.join(FAMILIES)} and minicpm")
     state_dict = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     obstacles = stock_obstacles(model, activation)
     if obstacles and not plug_in:
