@@ -18,7 +18,7 @@ from test_releases import LAYOUTS, TINY, write_layout
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from prosparse.cli import main
-from prosparse.exporters.hf import export_hf_model
+from prosparse.exporters.hf import export_hf_model, probe_ids
 from prosparse.exporters.vllm import export_vllm, greater_than
 from prosparse.ffn import activation_of, substitute
 from prosparse.models import SPARSE_CLASSES
@@ -69,6 +69,18 @@ def test_a_plain_llama_is_written_as_the_minicpm_that_stock_vllm_loads(base, act
     assert json.loads((tmp_path / "out" / "result.json").read_text()) == result
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("The model")["input_ids"] == [3, 4]
     assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
+
+
+def test_what_folding_a_minicpm_costs_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("prosparse.exporters.hf.verify", lambda *arguments: {"max_logit_difference": 0.0})
+    model = sparse_model("minicpm", "drelu", 0.0).to(torch.bfloat16)
+    result = export_vllm(model, None, tmp_path / "out", torch.bfloat16)
+    ids = torch.tensor(probe_ids(model.config))
+    with torch.no_grad():
+        before, after = (
+            made(ids).logits.float() for made in (model, load_model(tmp_path / "out", dtype=torch.bfloat16))
+        )
+    assert result["folding_logit_difference"] == pytest.approx((after - before).abs().max().item()) != 0
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ def export_vllm(
 ) -> dict:
     """Write the folder `out` and return what was written, which vLLM serves it and by which command.
 
+    A MiniCPM for the plug-in is folded into a Llama: folding_logit_difference is how far that moved its logits.
     plug_in: False refuses what needs the plug-in. card: what README.md shall say. Atomic and checked as `export_hf`;
     the stock form is loaded again through this project's MiniCPM class, which computes what vLLM's does.
     Raises ValueError if the model's activation is dense or vLLM cannot serve it, RuntimeError if the folder does not
@@ -65,7 +66,11 @@ def export_vllm(
         f"beside vLLM, then vllm serve {out}"
     )
     if name == "minicpm":  # its architecture's name belongs to stock vLLM
-        model = fold_minicpm(model)
+        source, model = model, fold_minicpm(model)
+        token_ids = torch.tensor(probe_ids(model.config))
+        with torch.no_grad():
+            before, after = (made(token_ids.to(made.device)).logits.float().cpu() for made in (source, model))
+        said["folding_logit_difference"] = (after - before).abs().max().item()
         state_dict = dict(model.state_dict())
     generation = model.generation_config
     how: dict = {"own": True, "said": said, "card": card}
