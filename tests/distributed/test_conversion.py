@@ -61,7 +61,7 @@ def test_a_run_leaves_what_it_promises(runs):
         report["models"]["shifted"]["perplexity"], rel=1e-3
     )
     assert report["models"]["exported"]["sparsity"] == pytest.approx(report["models"]["shifted"]["sparsity"], abs=1e-3)
-    pictures = {"frontier.png", "training.png", "layers.png", "shift.png"}
+    pictures = {"frontier.png", "training.png", "layers.png", "shift.png", "thresholds.png"}
     assert {path.name for path in (folder / "report").iterdir()} == {
         *pictures,
         "report.json",
