@@ -91,7 +91,9 @@ class Metrics:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         again = ("trained", *AFTER_TRAINING)  # evaluated each time a run comes to its end
         rows = read_metrics(run_dir)
-        kept = [row for row in rows if row["step"] <= after_step - (row.get("model") in again)]
+        kept = [
+            row for row in rows if row["step"] <= after_step - (row["kind"] == "shift" or row.get("model") in again)
+        ]
         evaluated = (row["step"] for row in kept if row.get("model") == "training")
         self.evaluated_step = max(evaluated, default=None)  # of the last evaluation during training
         self.rewinds = [row["windows"] for row in kept if row["kind"] == "rewind"]  # the windows that each left out

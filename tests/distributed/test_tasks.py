@@ -81,7 +81,7 @@ def test_evaluating_changes_nothing_of_the_training_and_a_stop_rule_has_to_be_th
     go("without", "evaluate.tasks=[]", "until=rise")
     assert trained(go.root / "without") == trained(go.root / "whole")[:7]
     said = go("without", "evaluate.stop.metric=opposites/acc", code=2)
-    assert "this run began without evaluate.tasks" in said
+    assert "the base model was not asked with the same evaluate.limit" in said
 
 
 @pytest.mark.slow
