@@ -131,7 +131,7 @@ def _inject(rank: int, what: dict) -> None:
     {"memory": n}: no more memory in window n. {"fail": n}: an exception in window n.
     {"spike": {window: shift}}: the loss reported for it is higher.
     """
-    from prosparse import engine, trainer
+    from prosparse import ending, engine, trainer
 
     mine = what.get("rank", rank) == rank
 
@@ -154,7 +154,7 @@ def _inject(rank: int, what: dict) -> None:
 
             return whole_measure(*arguments, progress=counted, **settings)
 
-        trainer.measure = measure
+        trainer.measure = ending.measure = measure
     if "full" in what and mine:
         import resource
 
