@@ -22,6 +22,7 @@ _HOMES = {
     "text_rows": "prosparse.data",
     "measure": "prosparse.sparsity",
     "shift": "prosparse.threshold",
+    "fold": "prosparse.allocation",
     "predict": "prosparse.predictor",
     "generate": "prosparse.generation",
     "evaluate": "prosparse.evaluation",

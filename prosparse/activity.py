@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prosparse.data import Batch
+from prosparse.group import gathered
 
 # The hot neurons of a layer are the fewest that make up this share of its activations (PowerInfer, section 3).
 HOT = 0.8
@@ -67,12 +68,9 @@ class Activity:
     def add_ranks(self) -> None:
         """Make the counts those of all ranks."""
         if dist.is_initialized() and dist.get_world_size() > 1:
-            parts: list = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, [_cpu(part) for part in self._parts()])
-            self._put([_sum(counts) for counts in zip(*parts, strict=True)])
-            widths: list = [None] * dist.get_world_size()
-            dist.all_gather_object(widths, self.widths)
-            self.widths = max(widths)
+            seen = gathered((self.widths, [None if part is None else part.cpu() for part in self._parts()]))
+            self.widths = max(widths for widths, _ in seen)  # a rank without rows has none
+            self._put([_sum(counts) for counts in zip(*(parts for _, parts in seen), strict=True)])
 
     def __add__(self, other: "Activity") -> "Activity":
         both = Activity(len(self.widths))
@@ -144,10 +142,6 @@ def _unions(active: Tensor) -> Tensor:
 
 def _share(part: Tensor, of: Tensor) -> float | None:
     return (part / of).item() if of > 0 else None
-
-
-def _cpu(part: Tensor | None) -> Tensor | None:
-    return None if part is None else part.cpu()
 
 
 def _sum(parts: Sequence[Tensor | None]) -> Tensor | None:
