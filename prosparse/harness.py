@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
@@ -24,7 +23,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from prosparse.ffn import find_ffns, observing
 from prosparse.group import gathered, rank_and_world
-from prosparse.penalty import new_statistics, row_mask, sparsity_by_layer, tally
+from prosparse.penalty import new_statistics, sparsity_by_layer, tally_kept
+from prosparse.sparsity import add_ranks
 
 SEED = 1234  # of sampled generations, with the number of the batch
 T = TypeVar("T")
@@ -260,11 +260,9 @@ class Harness(TemplateLM):
         def count(layer: int, x1: Tensor, tokens: Tensor | None = None, visits: int = 1) -> None:
             if not self.counting:
                 return
-            kept = row_mask(self.mask, x1, tokens)
-            assert self.mask is not None and kept is not None
-            values = x1[kept]
+            assert self.mask is not None
             self.tokens += int(self.mask.sum()) if layer == 0 else 0
-            tally(self.statistics[layer], values, values.sign(), torch.tensor(values.numel(), dtype=torch.float64))
+            tally_kept(self.statistics[layer], x1, self.mask, tokens)
 
         states = random.getstate(), np.random.get_state()
         devices = [self._device] if self._device.type == "cuda" else []
@@ -281,8 +279,7 @@ class Harness(TemplateLM):
     def sparsity(self) -> dict[str, Any]:
         """Of all that was computed since `forget`, on all ranks (which all call it)."""
         total, tokens = self.statistics.clone(), sum(gathered(self.tokens))
-        if rank_and_world()[1] > 1:
-            dist.all_reduce(total)
+        add_ranks(total)
         layers = sparsity_by_layer(total)
         return {"sparsity": sum(layers) / len(layers), "sparsity_by_layer": layers, "tokens": tokens}
 

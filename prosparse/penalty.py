@@ -62,6 +62,13 @@ def tally(row: Tensor, x1: Tensor, sign: Tensor, elements: Tensor) -> None:
     row[COUNT] += elements
 
 
+def tally_kept(row: Tensor, x1: Tensor, token_mask: Tensor | None, tokens: Tensor | None = None) -> None:
+    """`tally` of x1 [..., neurons] without padding; arguments as of `row_mask`."""
+    kept = row_mask(token_mask, x1, tokens)
+    flat = x1.flatten(0, -2) if kept is None else x1[kept]
+    tally(row, flat, flat.sign(), torch.tensor(flat.numel(), dtype=torch.float64))
+
+
 def inject_l1(x1: Tensor, context: PenaltyContext, layer: int, tokens: Tensor | None = None, visits: int = 1) -> Tensor:
     """Return x1 ([..., neurons]; with a token mask batch x context rows, in that order) unchanged.
 

@@ -22,7 +22,7 @@ from prosparse.activity import Activity
 from prosparse.data import Batch
 from prosparse.data import batch as make_batch
 from prosparse.ffn import down_weights, find_ffns, observing
-from prosparse.penalty import mean_abs_by_layer, new_statistics, row_mask, sparsity_by_layer, tally
+from prosparse.penalty import mean_abs_by_layer, new_statistics, row_mask, sparsity_by_layer, tally_kept
 
 CANDIDATES, REFINEMENTS = 33, 10  # of the thresholds of a layer at a CETT; bisections of the CETT
 
@@ -133,9 +133,7 @@ def measure(
 
     def see(layer: int, x1: Tensor, data: Batch | None, tokens: Tensor | None = None, visits: int = 1) -> None:
         if data is not None:
-            kept = row_mask(data.token_mask, x1, tokens)
-            flat = x1.flatten(0, -2) if kept is None else x1[kept]
-            tally(statistics[layer], flat, flat.sign(), torch.tensor(flat.numel(), dtype=torch.float64))
+            tally_kept(statistics[layer], x1, data.token_mask, tokens)
             if activity is not None:
                 activity.see(layer, x1, data, tokens, visits)
 
@@ -261,9 +259,7 @@ def cett_curve(
         def cut(layer: int, x1: Tensor, data: Batch | None) -> Tensor:
             x1 = torch.where(x1.float().abs() * norms[layer] >= thresholds[layer], x1, 0.0)
             if data is not None:
-                kept = row_mask(data.token_mask, x1)
-                flat = x1.flatten(0, -2) if kept is None else x1[kept]
-                tally(statistics[layer], flat, flat.sign(), torch.tensor(flat.numel(), dtype=torch.float64))
+                tally_kept(statistics[layer], x1, data.token_mask)
             return x1
 
         totals = run_passes(model, rows, chosen, batch, cut, progress=progress)
