@@ -14,27 +14,21 @@ from prosparse.config import (
     L1,
     Activation,
     Control,
-    Eval,
     Evaluate,
-    Export,
     ExportFormat,
-    Generate,
     Granularity,
     Guard,
     L1Shape,
     Lr,
     LrSchedule,
-    Measure,
     PenaltyUnit,
-    Predict,
     Recipe,
-    Report,
     Shift,
-    ShiftCheckpoint,
     StageLr,
     Tasks,
     Train,
 )
+from prosparse.verb_configs import Eval, Export, Generate, Measure, Predict, Report, ShiftCheckpoint
 
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 

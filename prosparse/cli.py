@@ -24,21 +24,22 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from prosparse import config as schema
 from prosparse.checks import validate
+from prosparse.config import Train
 from prosparse.signals import Stopped, interruptible, listening
+from prosparse.verb_configs import Eval, Export, Generate, Measure, Predict, Prepare, Report, ShiftCheckpoint
 from prosparse.verbs import RUN
 
 SCHEMAS: dict[str, type] = {
-    "train": schema.Train,
-    "prepare": schema.Prepare,
-    "measure": schema.Measure,
-    "predict": schema.Predict,
-    "shift": schema.ShiftCheckpoint,
-    "export": schema.Export,
-    "generate": schema.Generate,
-    "eval": schema.Eval,
-    "report": schema.Report,
+    "train": Train,
+    "prepare": Prepare,
+    "measure": Measure,
+    "predict": Predict,
+    "shift": ShiftCheckpoint,
+    "export": Export,
+    "generate": Generate,
+    "eval": Eval,
+    "report": Report,
 }
 VERBATIM = ("prompt", "system")
 LISTS = re.compile(r"^(runs|measures)=\[?(.*?)\]?$")

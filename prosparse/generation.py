@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from prosparse.checks import require
-from prosparse.config import Auto, Generate
+from prosparse.config import Auto
 from prosparse.ffn import find_ffns, observing
 from prosparse.penalty import COUNT, new_statistics, sparsity_by_layer, tally
+from prosparse.verb_configs import Generate
 
 
 @dataclass

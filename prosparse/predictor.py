@@ -29,11 +29,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prosparse.config import Predict
 from prosparse.data import batch as make_batch
 from prosparse.ffn import FusedFFN, SeparateFFN, activation_of, ffn_forms, find_ffns
 from prosparse.sparsity import measure, spread
 from prosparse.telemetry import duration
+from prosparse.verb_configs import Predict
 
 WITH_ZEROS = ("relu", "fatrelu", "drelu", "shifted_relu", "relu2")
 CHUNK = 4096  # tokens evaluated together

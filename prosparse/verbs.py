@@ -12,12 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prosparse.config import (
-    Auto,
-    Dtype,
+from prosparse.config import Auto, Dtype, ExportFormat, Train
+from prosparse.verb_configs import (
     Eval,
     Export,
-    ExportFormat,
     Generate,
     Measure,
     Opens,
@@ -27,7 +25,6 @@ from prosparse.config import (
     Report,
     ShiftCheckpoint,
     Text,
-    Train,
 )
 
 

@@ -7,8 +7,8 @@ import sys
 from conftest import ROOT
 
 FLOORS = [
-    {"activations", "config", "checks", "signals", "group"},
-    {"schedule", "penalty", "shards", "guard", "controller", "checkpoint"},
+    {"activations", "config", "verb_configs", "checks", "signals", "group"},
+    {"schedule", "penalty", "kernels", "shards", "guard", "controller", "checkpoint"},
     {"ffn", "chat", "sources"},
     {"models", "data"},
     {"sparsity", "activity"},
