@@ -13,6 +13,7 @@ from typing import Any
 from prosparse.config import (
     L1,
     Activation,
+    Compile,
     Control,
     Evaluate,
     ExportFormat,
@@ -263,6 +264,15 @@ def _validate_train(config: Train) -> None:
     every = config.save.keep_every
     require(every is None or every >= 1, f"save.keep_every is {every}: give at least 1, or null")
     _validate_guard(config.guard)
+    require(
+        config.speed.compile is Compile.none or config.zero.stage < 3,
+        "speed.compile is layers, which ZeRO-3's partitioned weights do not bear: set speed.compile=none or zero=zero2",
+    )
+    span = config.profile
+    require(
+        not span or (set(span) == {"from", "steps"} and min(span.values()) >= 1),
+        f"profile is {dict(span)}: give {{from: STEP, steps: N}}, both at least 1, or {{}}",
+    )
     for name, seconds in vars(config.timeouts).items():
         require(seconds >= 1, f"timeouts.{name} is {seconds}: give at least 1")
     if config.fork is not None:

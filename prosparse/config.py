@@ -51,6 +51,7 @@ class Dtype(StrEnum):
 
 class Checkpointing(StrEnum):
     none = "none"
+    selective = "selective"  # what matrix products and attention gave is kept, only what lies between is recomputed
     non_reentrant = "non_reentrant"
     reentrant = "reentrant"
 
@@ -89,6 +90,28 @@ class Granularity(StrEnum):
     model = "model"
     layer = "layer"
     neuron = "neuron"
+
+
+class FfnMemory(StrEnum):
+    save_x1 = "save_x1"  # gate, up and x1 are kept for backward
+    recompute_x1 = "recompute_x1"  # gate and up
+    stock = "stock"  # what plain torch keeps: gate, act(gate), up and x1
+
+
+class Kernel(StrEnum):
+    auto = "auto"  # triton on a GPU, else eager
+    triton = "triton"
+    eager = "eager"
+
+
+class Loss(StrEnum):
+    chunked = "chunked"  # no tensor of the logits' size in fp32
+    stock = "stock"
+
+
+class Compile(StrEnum):
+    none = "none"
+    layers = "layers"  # each decoder layer by torch.compile, its FFN's own kernel left out
 
 
 class OnSpike(StrEnum):
@@ -322,6 +345,19 @@ class Timeouts:
 
 
 @dataclass
+class Speed:
+    """How a step is computed; none of it changes what is computed by more than rounding."""
+
+    ffn: FfnMemory = FfnMemory.save_x1  # of relu, fatrelu, drelu and silu; others are stock
+    kernel: Kernel = Kernel.auto  # of the FFN
+    loss: Loss = Loss.chunked
+    liger: Auto = Auto.auto  # Liger's RMSNorm, RoPE and cross-entropy, on a GPU where liger-kernel is installed
+    compile: Compile = Compile.none
+    freeze_gc: bool = True  # what lives when training starts is not searched for garbage
+    prefetch: bool = True  # the rows of the next window are read while this one is computed
+
+
+@dataclass
 class Tasks:
     """What lm-evaluation-harness asks a model."""
 
@@ -365,6 +401,8 @@ class Train:
     evaluate: Evaluate = field(default_factory=Evaluate)
     guard: Guard = field(default_factory=Guard)
     timeouts: Timeouts = field(default_factory=Timeouts)
+    speed: Speed = field(default_factory=Speed)
+    profile: dict[str, int] = field(default_factory=dict)  # {from: STEP, steps: N}: a torch.profiler trace of them
     micro_batch: int = 1  # rows of one forward pass on one rank
     checkpointing: Checkpointing = Checkpointing.none
     attention: str = "sdpa"

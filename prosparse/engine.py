@@ -14,17 +14,22 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from prosparse import schedule
-from prosparse.config import Distillation, Dtype, Train
+from prosparse.config import Distillation, Dtype, Loss, Speed, Train
 from prosparse.data import Batch
 from prosparse.distillation import Teacher, check_head, divergence, freeze, take_head
 from prosparse.ffn import set_penalty
-from prosparse.group import gathered, on_any_rank, shared
+from prosparse.group import gathered, on_any_rank, shared, summed
 from prosparse.guard import watching
+from prosparse.kernels.loss import summed_cross_entropy
 from prosparse.penalty import PenaltyContext
 from prosparse.sparsity import labeled, language_loss
+from prosparse.speed import ffn_kernel, uses_liger
 from prosparse.telemetry import redact
 
 Teaching = tuple[Teacher, Distillation]  # a teacher, and how much a stage follows it
+
+
+SPEED = Speed()
 
 
 @dataclass
@@ -45,9 +50,11 @@ def accumulate(
     factor: float,
     poll: Callable[[], None] = lambda: None,
     teaching: Teaching | None = None,
+    speed: Speed = SPEED,
 ) -> Window:
     """Forward and backward over this rank's micro-batches of one window, up to but without the last `engine.step()`.
 
+    They lie on the CPU, so that a GPU is not waited for before its last kernel is queued.
     The gradient is that of mean loss over labeled tokens + factor · Σ_layers mean |x1|, with a teacher + weight ·
     temperature² · mean KL over labeled tokens; all means are over the window of all ranks, however it is split into
     micro-batches; the engine's division by the rank count is undone here. A loss that is not finite makes the gradient
@@ -55,24 +62,27 @@ def accumulate(
     """
     from deepspeed.runtime.zero import GatheredParameters
 
-    model, world = engine.module, dist.get_world_size()
-    counts = torch.tensor([_counts(b) for b in micro_batches], dtype=torch.float64, device=context.scale.device).sum(0)
-    dist.all_reduce(counts)
-    labels, tokens = counts.tolist()
+    model, world, device = engine.module, dist.get_world_size(), context.scale.device
+    labels, tokens = summed(torch.tensor([_counts(b) for b in micro_batches], dtype=torch.float64).sum(0)).tolist()
     context.scale.fill_(factor * world / tokens)
     context.statistics.zero_()
-    loss_sum, kl_sum = torch.zeros(2, dtype=torch.float64, device=context.scale.device)
+    loss_sum, kl_sum = torch.zeros(2, dtype=torch.float64, device=device)
     teacher, how = teaching or (None, Distillation())
-    set_penalty(model, context)
+    set_penalty(model, context, ffn_kernel(speed, device))
     try:
         for number, data in enumerate(micro_batches):
             poll()
+            data = data.to(device)
             last = number == len(micro_batches) - 1
             engine.set_gradient_accumulation_boundary(last)
             context.token_mask = data.token_mask
             hidden: Any = None if teacher is None else teacher.hidden(**data.inputs())
             logits = engine(**data.inputs(), use_cache=False).logits
-            loss = language_loss(logits, data.labels)
+            if speed.loss is Loss.chunked:
+                liger = uses_liger(speed, device)
+                loss = summed_cross_entropy(logits, data.labels, keep_logits=teacher is not None, liger=liger)
+            else:
+                loss = language_loss(logits, data.labels)
             loss_sum += loss.detach()
             if teacher is not None:
                 head = teacher.head
@@ -137,6 +147,7 @@ def diagnose(
     rows: list[range],
     factor: float,
     teaching: Teaching | None,
+    speed: Speed,
 ) -> str:
     """Where the values of a window stop to be finite: rank, rows and modules, in words (all ranks call it).
 
@@ -156,7 +167,7 @@ def diagnose(
             next_rows()
             told = next(numbers)
 
-        accumulate(engine, context, micro_batches, factor, poll, teaching)
+        accumulate(engine, context, micro_batches, factor, poll, teaching, speed)
         next_rows()
     ranks = gathered(found)
     words = [f"rank {rank}, {entry}" for rank, entries in enumerate(ranks) for entry in entries[:2]]

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from prosparse.activations import ACTIVATIONS, intermediate
+from prosparse.kernels import glu
 from prosparse.penalty import PenaltyContext, inject_l1
 
 ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function", "activation")  # in a config, by family
@@ -28,7 +29,8 @@ class SparseFFN(nn.Module):
     """The intermediate x1 of one layer, [..., neurons], and around it, by form, the base model's own projections.
 
     They keep their names, so that a state dict does not change. `penalty` is an identity on x1 that a trainer sets
-    before each micro-batch: it adds the L1 gradient in backward. None: no penalty.
+    before each micro-batch: it adds the L1 gradient in backward. None: no penalty. `fused`, from a trainer too, gives
+    x1 and its penalty in one from gate and up.
     """
 
     projections: tuple[str, ...] = ()
@@ -39,6 +41,7 @@ class SparseFFN(nn.Module):
             setattr(self, name, getattr(base, name))
         self.activation, self.param = activation, param
         self.penalty: Callable[..., Tensor] | None = None
+        self.fused: Callable[..., Tensor] | None = None
 
     @classmethod
     def place(cls, module: nn.Module) -> str | None:
@@ -49,6 +52,8 @@ class SparseFFN(nn.Module):
         return "" if len(children) <= 1 and not any(list(child.parameters()) for child in children.values()) else None
 
     def intermediate(self, gate: Tensor, up: Tensor | None = None, **routing) -> Tensor:
+        if self.fused is not None and up is not None:
+            return self.fused(gate, up, self.activation, self.param, **routing)
         x1 = intermediate(self.activation, self.param, gate, up)
         return x1 if self.penalty is None else self.penalty(x1, **routing)
 
@@ -268,10 +273,17 @@ def substitute(model: PreTrainedModel, activation: str, param: float = 0.0) -> S
     return Substitution(layers, replaced, replaced_param, activation, param)
 
 
-def set_penalty(model: nn.Module, context: PenaltyContext | None) -> None:
-    """Hand every SparseFFN the context of the micro-batches to come, as layer 0, 1, ...; None takes it away."""
+def set_penalty(model: nn.Module, context: PenaltyContext | None, kernel: str | None = None) -> None:
+    """Hand every SparseFFN the context of the micro-batches to come, as layer 0, 1, ...; None takes it away.
+
+    kernel: a key of `kernels.glu.KERNELS`, which then computes x1 and its penalty in one where it knows the activation.
+    """
     for layer, ffn in enumerate(sparse_ffns(model)):
-        ffn.penalty = None if context is None else partial(inject_l1, context=context, layer=layer)
+        ffn.penalty = ffn.fused = None
+        if context is not None:
+            ffn.penalty = partial(inject_l1, context=context, layer=layer)
+            if kernel is not None and ffn.activation in glu.FUSED:
+                ffn.fused = partial(glu.gated, implementation=kernel, context=context, layer=layer)
 
 
 @contextmanager

@@ -115,6 +115,13 @@ def on_any_rank(*flags: bool) -> list[bool]:
     return told.bool().tolist()
 
 
+def summed(values: torch.Tensor) -> torch.Tensor:
+    """A CPU tensor summed over the ranks (all ranks call it); a GPU's queue is not waited for."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values, group=_control)
+    return values
+
+
 def shared(error: BaseException) -> BaseException:
     """Mark an error that every rank raises, so that one of them tells it."""
     error.shared = True  # type: ignore[attr-defined]

@@ -55,11 +55,15 @@ def row_mask(token_mask: Tensor | None, x1: Tensor, tokens: Tensor | None = None
 
 
 def tally(row: Tensor, x1: Tensor, sign: Tensor, elements: Tensor) -> None:
-    """Add Σ|x1|, non-zeros and elements to one layer's statistics, [3]: summed in fp32 by token, then in fp64."""
-    precision = torch.promote_types(x1.dtype, torch.float32)
+    """Add Σ|x1|, non-zeros and elements to one layer's statistics, [3]."""
     for column, values in ((MAGNITUDE, x1), (NONZERO, sign)):
-        row[column] += torch.linalg.vector_norm(values, 1, dim=-1, dtype=precision).sum(dtype=torch.float64)
+        row[column] += sum_abs(values).sum(dtype=torch.float64)
     row[COUNT] += elements
+
+
+def sum_abs(values: Tensor) -> Tensor:
+    """Σ|values| by token, [...] of [..., neurons], at least in fp32."""
+    return values.abs().sum(-1, dtype=torch.promote_types(values.dtype, torch.float32))
 
 
 def tally_kept(row: Tensor, x1: Tensor, token_mask: Tensor | None, tokens: Tensor | None = None) -> None:

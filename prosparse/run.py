@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from prosparse import chat, checkpoint, schedule, shards, signals
 from prosparse.allocation import cut_apart, load_thresholds
 from prosparse.checkpoint import Saver, TrainState
-from prosparse.config import Checkpointing, Distillation, Dtype, Template, Train
+from prosparse.config import Distillation, Dtype, Template, Train
 from prosparse.data import Prepared, begins_with_bos, mixture, open_prepared, prepare, tokenizer_digest
 from prosparse.distillation import Teacher, check_vocabulary
 from prosparse.engine import (
@@ -41,6 +41,7 @@ from prosparse.group import agree, from_rank_zero, on_any_rank, same_everywhere,
 from prosparse.models.formats import TRAINED_WITH_BOS, released_config
 from prosparse.models.load import load_config, load_model, load_tokenizer
 from prosparse.signals import Stopped, interruptible
+from prosparse.speed import described, make_ready, thaw_gc
 from prosparse.telemetry import Metrics, Tracker, header, redact, versions, write_atomically
 
 DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
@@ -181,6 +182,7 @@ def _open_claimed(config: Train, folder: Path, rank: int, world: int, device: to
     from_rank_zero(begin)
     read_back(run)
     run.say(header(config, run.engine.module, substitution, prepared, run.state.step, world, device))
+    run.say(f"speed    {described(config, device)}")
     return run
 
 
@@ -199,6 +201,7 @@ def free_engine(run: Run) -> None:
     run.held.close()
     stop_engine(run.engine)
     run.engine = run.teacher = None
+    thaw_gc()
     gc.collect()
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -213,9 +216,7 @@ def start_model(run: Run) -> Any:
     setattr(run.base_config, TRAINED_WITH_BOS, begins_with_bos(config.data, run.tokenizer))
     run.activation = schedule.activation(config.recipe) or run.own_activation
     substitution = substitute(model, *run.activation)
-    if config.checkpointing is not Checkpointing.none:
-        reentrant = config.checkpointing is Checkpointing.reentrant
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    make_ready(model, config, run.device)
     run.engine = start_engine(config, model, ds_config)
     return substitution
 

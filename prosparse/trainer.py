@@ -35,6 +35,7 @@ from prosparse.run import (
 )
 from prosparse.signals import Stopped
 from prosparse.sparsity import measure
+from prosparse.speed import Ahead, Profiler, freeze_gc
 from prosparse.tasks import check_stop_rule, evaluate_tasks, judge
 from prosparse.telemetry import (
     Eta,
@@ -110,6 +111,8 @@ def train_stages(run: Run) -> bool:
     layers = run.base_config.get_text_config().num_hidden_layers
     context = PenaltyContext(torch.zeros((), device=run.device), new_statistics(layers, run.device))
     eta, skipped_in_a_row, told_volume = Eta(), 0, False
+    ahead, profiler = Ahead(config.speed), Profiler(config.profile, run.folder, run.rank)
+    freeze_gc(config.speed)
     if judge(run):  # the end of a stage, whose tasks an earlier start may not have come to
         return True
     while state.step < last:
@@ -138,10 +141,13 @@ def train_stages(run: Run) -> bool:
         # --- the window: which rows, split into this rank's micro-batches ---------------------------------------------
         first, sequences = schedule.window_rows(recipe, step, state.window)
         numbers = share_of(run, first, sequences)
-        rows = [batch(run.rows(step), indices).to(run.device) for indices in numbers]
+        next_one = min(step + 1, total)
+        following = (run.rows(next_one), share_of(run, *schedule.window_rows(recipe, next_one, state.window + 1)))
+        rows = ahead.rows(run.rows(step), numbers, following if step < last else None)
+        profiler.before(step)
         teaching, goal = run.teaching(span.stage.distillation), None
         factor = controller.factor(state.controller) if chain else schedule.l1_factor_mean(recipe, step, width)
-        window = accumulate(run.engine, context, rows, factor, run.poll, teaching)
+        window = accumulate(run.engine, context, rows, factor, run.poll, teaching, config.speed)
         if config.guard.on_spike is not OnSpike.none:
             away = guard.deviations(state.guard, window.loss, config.guard)
             if away is not None and isfinite(window.loss) and away > config.guard.deviations:
@@ -160,7 +166,7 @@ def train_stages(run: Run) -> bool:
             left_out = f"rows {first}-{first + sequences - 1} left out"
             run.say(f"step {step} not applied, its loss or gradient is not finite: {left_out}")
             if skipped_in_a_row == config.guard.skipped_in_a_row:
-                places = diagnose(run.engine, context, rows, numbers, factor, teaching)
+                places = diagnose(run.engine, context, rows, numbers, factor, teaching, config.speed)
                 raise shared(
                     RuntimeError(
                         f"{skipped_in_a_row} windows in a row were not finite, the last at {places}. If all "
@@ -172,6 +178,9 @@ def train_stages(run: Run) -> bool:
         state.step, state.tokens, skipped_in_a_row = step, state.tokens + window.tokens, 0
         guard.remember(state.guard, window.loss, config.guard)
         patience(config.timeouts.steady_seconds)
+
+        if (trace := profiler.after(step)) is not None:
+            run.say(f"profile  {trace}: open it at https://ui.perfetto.dev")
 
         # --- what it was like -----------------------------------------------------------------------------------------
         seconds = time.perf_counter() - began
@@ -254,8 +263,8 @@ def start_steering(run: Run, context: PenaltyContext, chain: str) -> dict:
 
     def after(factor: float) -> float:
         for number, rows in enumerate(trained):
-            data = [batch(mixture, share).to(run.device) for share in share_of(run, *rows)]
-            accumulate(engine, context, data, factor, run.poll, teaching)
+            data = [batch(mixture, share) for share in share_of(run, *rows)]
+            accumulate(engine, context, data, factor, run.poll, teaching, run.config.speed)
             rate = schedule.learning_rate(recipe, step + number)
             set_rate(engine, rate, schedule.weight_decay(recipe, step))
             engine.step()

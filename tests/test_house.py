@@ -15,7 +15,7 @@ FLOORS = [
     {"allocation", "threshold", "predictor", "vllm_plugin", "distillation", "telemetry", "generation"},
     {"records", "card", "page", "plotting", "reporting"},
     {"exporters", "evaluation", "harness"},
-    {"engine"},
+    {"speed", "engine"},
     {"run", "tasks", "ending", "trainer"},
     {"verbs"},
     {"cli"},

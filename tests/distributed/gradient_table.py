@@ -19,12 +19,13 @@ from conftest import tiny_llama
 from transformers import LlamaForCausalLM
 
 from prosparse.cli import compose
-from prosparse.config import Checkpointing, Distillation
+from prosparse.config import Checkpointing, Distillation, FfnMemory, Loss, Speed
 from prosparse.data import Batch
 from prosparse.engine import accumulate, deepspeed_config, join_deepspeed, start_teacher, stop_engine
 from prosparse.ffn import sparse_ffns, substitute
 from prosparse.group import start_group
 from prosparse.penalty import COUNT, MAGNITUDE, NONZERO, PenaltyContext, new_statistics
+from prosparse.speed import make_ready
 
 FACTOR, SEQUENCES, CONTEXT = 0.7, 8, 16
 HOW = Distillation(weight=0.5, temperature=2.0)
@@ -86,15 +87,19 @@ def main() -> None:
     whole = window()
     both = {distills: explicit(whole, distills) for distills in (False, True)}
     table = {}
-    cells = [(checkpointing, False) for checkpointing in Checkpointing] + [(Checkpointing.none, True)]
-    for stage, (checkpointing, distills) in itertools.product((1, 2, 3), cells):
+    fast = Speed()
+    slow, small = Speed(FfnMemory.stock, loss=Loss.stock, prefetch=False), Speed(FfnMemory.recompute_x1)
+    cells = [(checkpointing, False, fast) for checkpointing in Checkpointing]
+    cells += [
+        (Checkpointing.none, distills, speed) for distills, speed in ((True, fast), (False, slow), (False, small))
+    ]
+    for stage, (checkpointing, distills, speed) in itertools.product((1, 2, 3), cells):
         expected, expected_statistics, kl = both[distills]
         config.zero.stage, config.micro_batch = stage, SEQUENCES // world
         model = tiny_llama()
         substitute(model, "relu")
-        if checkpointing is not Checkpointing.none:
-            reentrant = checkpointing is Checkpointing.reentrant
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        config.checkpointing, config.speed = checkpointing, speed
+        make_ready(model, config, device)
         model.train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
         ds_config = deepspeed_config(config, world)
@@ -105,7 +110,7 @@ def main() -> None:
             micro = SEQUENCES // (world * accumulation)
             starts = range(rank * micro, SEQUENCES, micro * world)
             parts = [part(whole, slice(i, i + micro)) for i in starts]
-            result = accumulate(engine, context, parts, FACTOR, teaching=teaching)
+            result = accumulate(engine, context, parts, FACTOR, teaching=teaching, speed=speed)
             assert result.kl is None if not distills else abs(result.kl / kl - 1) < 1e-4, (result.kl, kl)
             worst = 0.0
             for name, parameter in model.named_parameters():
@@ -115,7 +120,7 @@ def main() -> None:
             assert torch.equal(counts[:, NONZERO].long(), expected_statistics[:, NONZERO].long()), "non-zeros differ"
             assert torch.equal(counts[:, COUNT].long(), expected_statistics[:, COUNT].long()), "elements differ"
             assert torch.allclose(counts[:, MAGNITUDE], expected_statistics[:, MAGNITUDE].double(), rtol=1e-5)
-            cell = f"ranks {world} ZeRO-{stage} accumulation {accumulation} checkpointing {checkpointing}"
+            cell = f"ranks {world} ZeRO-{stage} accumulation {accumulation} checkpointing {checkpointing} {speed.ffn}"
             table[cell + " distilling" * distills] = worst
             engine.step()  # learning rate 0: only clears the gradients
         if teaching is not None and stage == 3:

@@ -12,5 +12,5 @@ def test_the_gradient_equals_that_of_the_explicit_loss_in_every_cell(ranks):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     line = next(line for line in done.stdout.splitlines() if "TABLE " in line)
     table = json.loads(line.partition("TABLE ")[2])
-    assert len(table) == 36
+    assert len(table) == 63
     assert {cell: error for cell, error in table.items() if not error < 1e-5} == {}

@@ -1,0 +1,154 @@
+"""How a training step is computed fast: kernels, activation checkpointing, compilation, the garbage collector.
+
+In: a model, the `speed` and `checkpointing` keys, a device. Out: the model, made ready; one line that says how.
+"""
+
+import gc
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+
+from prosparse.config import Auto, Checkpointing, Compile, FfnMemory, Kernel, Speed, Train
+from prosparse.data import Batch, batch
+from prosparse.ffn import FusedFFN, SeparateFFN, sparse_ffns
+from prosparse.kernels import glu
+
+KEPT_BY_SELECTIVE = ("mm", "addmm", "bmm", "_grouped_mm", "_scaled_dot_product")  # beginnings of aten's names
+
+
+def ffn_kernel(speed: Speed, device: torch.device) -> str | None:
+    """The key of glu.KERNELS that trains the FFNs; None: stock.
+
+    ValueError if Triton is asked for where it does not run.
+    """
+    if speed.ffn is FfnMemory.stock:
+        return None
+    compiles = glu.triton is not None and (device.type == "cuda" or glu.triton.knobs.runtime.interpret)
+    if speed.kernel is Kernel.triton and not compiles:
+        raise ValueError("speed.kernel is triton, which needs a GPU and the package triton: set speed.kernel=auto")
+    if speed.kernel is Kernel.auto:
+        return "triton" if compiles and device.type == "cuda" else "eager"
+    return str(speed.kernel)
+
+
+def uses_liger(speed: Speed, device: torch.device) -> bool:
+    """Whether Liger's kernels take part."""
+    return speed.liger is Auto.auto and device.type == "cuda" and find_spec("liger_kernel") is not None
+
+
+def make_ready(model: PreTrainedModel, config: Train, device: torch.device) -> None:
+    """Everything about a step that is done to the substituted model once, before the engine takes it."""
+    speed = config.speed
+    checkpoint_activations(model, config.checkpointing)
+    if uses_liger(speed, device):
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        own: dict[str, Any] = dict.fromkeys(("swiglu", "geglu", "cross_entropy", "fused_linear_cross_entropy"), False)
+        _apply_liger_kernel_to_instance(model, rope=True, rms_norm=True, **own)
+    ffn_kernel(speed, device)
+    if speed.ffn is FfnMemory.recompute_x1 and config.checkpointing is Checkpointing.none:
+        for ffn in sparse_ffns(model):
+            if not isinstance(ffn, SeparateFFN | FusedFFN):
+                kind = type(model).__name__
+                raise ValueError(f"speed.ffn is recompute_x1, which {kind} cannot: set speed.ffn=save_x1")
+            glu.recompute_x1(ffn.down_proj)
+    if speed.compile is Compile.layers:
+        assert config.zero.stage < 3, "checks.py"
+        for module in _decoder_layers(model):
+            module.compile()
+
+
+def checkpoint_activations(model: PreTrainedModel, how: Checkpointing) -> None:
+    """Let the model's decoder layers compute again in backward what `how` does not keep."""
+    if how is Checkpointing.none:
+        return
+    options: dict[str, Any] = {"use_reentrant": how is Checkpointing.reentrant}
+    if how is Checkpointing.selective:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name = getattr(operator, "__name__", "")
+    kept = getattr(operator, "namespace", "") == "aten" and name.startswith(KEPT_BY_SELECTIVE)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The modules that hold one FFN each and lie directly in a list of layers."""
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
+    return [layer for stack in lists for layer in stack if len(sparse_ffns(layer)) == 1]
+
+
+def freeze_gc(speed: Speed) -> None:
+    """Take everything that lives now out of the garbage collector's search; `thaw_gc` puts it back."""
+    if speed.freeze_gc:
+        gc.collect()
+        gc.freeze()
+
+
+def thaw_gc() -> None:
+    gc.unfreeze()
+
+
+def described(config: Train, device: torch.device) -> str:
+    """How a step is computed, in words."""
+    speed = config.speed
+    kernel = ffn_kernel(speed, device)
+    liger = "with" if uses_liger(speed, device) else "without"
+    compiled = ", layers compiled" if speed.compile is Compile.layers else ""
+    ffn = str(speed.ffn) if kernel is None else f"{speed.ffn} ({kernel})"
+    return f"ffn {ffn}, loss {speed.loss}, {liger} Liger, checkpointing {config.checkpointing}{compiled}"
+
+
+class Ahead:
+    """Gives the rows of a window; those of the window that is likely next are read in a thread meanwhile."""
+
+    def __init__(self, speed: Speed):
+        self._pool = ThreadPoolExecutor(1, "rows") if speed.prefetch else None
+        self._next: tuple[Any, list[range], Future[list[Batch]]] | None = None
+
+    def rows(self, mixture: Any, numbers: list[range], following: tuple[Any, list[range]] | None) -> list[Batch]:
+        """The micro-batches `numbers` of `mixture`; `following`: what the next call will most likely ask for."""
+        known, self._next = self._next, None
+        if known is not None and known[0] is mixture and known[1] == numbers:
+            rows = known[2].result()
+        else:
+            rows = _read(mixture, numbers)
+        if self._pool is not None and following is not None:
+            self._next = (*following, self._pool.submit(_read, *following))
+        return rows
+
+
+def _read(mixture: Any, numbers: list[range]) -> list[Batch]:
+    return [batch(mixture, indices) for indices in numbers]
+
+
+class Profiler:
+    """Records the steps that `profile` names and writes a trace of them, one file a rank."""
+
+    def __init__(self, steps: dict[str, int], folder: Path, rank: int):
+        self._first, self._last = steps.get("from", 0), steps.get("from", 0) + steps.get("steps", 0) - 1
+        self._file = folder / "profile" / f"rank-{rank}.json.gz"
+        self._running: Any = None
+
+    def before(self, step: int) -> None:
+        if self._first <= step <= self._last and self._running is None:
+            self._running = torch.profiler.profile()  # of all devices that there are
+            self._running.start()
+
+    def after(self, step: int) -> Path | None:
+        """The file, if `step` was the last one."""
+        if self._running is None or step < self._last:
+            return None
+        self._running.stop()
+        self._file.parent.mkdir(exist_ok=True)
+        self._running.export_chrome_trace(str(self._file))
+        self._running = None
+        return self._file
