@@ -268,11 +268,8 @@ def _validate_train(config: Train) -> None:
         config.speed.compile is Compile.none or config.zero.stage < 3,
         "speed.compile is layers, which ZeRO-3's partitioned weights do not bear: set speed.compile=none or zero=zero2",
     )
-    span = config.profile
-    require(
-        not span or (set(span) == {"from", "steps"} and min(span.values()) >= 1),
-        f"profile is {dict(span)}: give {{from: STEP, steps: N}}, both at least 1, or {{}}",
-    )
+    for name, value, least in (("first", config.profile.first, 1), ("steps", config.profile.steps, 0)):
+        require(value >= least, f"profile.{name} is {value}: give at least {least}")
     for name, seconds in vars(config.timeouts).items():
         require(seconds >= 1, f"timeouts.{name} is {seconds}: give at least 1")
     if config.fork is not None:

@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from prosparse.checks import validate
 from prosparse.config import Train
 from prosparse.signals import Stopped, interruptible, listening
-from prosparse.verb_configs import Eval, Export, Generate, Measure, Predict, Prepare, Report, ShiftCheckpoint
+from prosparse.verb_configs import Bench, Eval, Export, Generate, Measure, Predict, Prepare, Report, ShiftCheckpoint
 from prosparse.verbs import RUN
 
 SCHEMAS: dict[str, type] = {
@@ -40,6 +40,7 @@ SCHEMAS: dict[str, type] = {
     "generate": Generate,
     "eval": Eval,
     "report": Report,
+    "bench": Bench,
 }
 VERBATIM = ("prompt", "system")
 LISTS = re.compile(r"^(runs|measures)=\[?(.*?)\]?$")

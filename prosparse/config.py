@@ -261,6 +261,7 @@ class Shape:
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
     vocab_size: int | None = None
+    tie_word_embeddings: bool | None = None
 
 
 @dataclass
@@ -358,6 +359,14 @@ class Speed:
 
 
 @dataclass
+class Profile:
+    """A torch.profiler trace of some steps, in run_dir/profile, one file a rank."""
+
+    first: int = 10
+    steps: int = 0  # 0: none
+
+
+@dataclass
 class Tasks:
     """What lm-evaluation-harness asks a model."""
 
@@ -402,7 +411,7 @@ class Train:
     guard: Guard = field(default_factory=Guard)
     timeouts: Timeouts = field(default_factory=Timeouts)
     speed: Speed = field(default_factory=Speed)
-    profile: dict[str, int] = field(default_factory=dict)  # {from: STEP, steps: N}: a torch.profiler trace of them
+    profile: Profile = field(default_factory=Profile)
     micro_batch: int = 1  # rows of one forward pass on one rank
     checkpointing: Checkpointing = Checkpointing.none
     attention: str = "sdpa"

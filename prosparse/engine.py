@@ -30,6 +30,7 @@ Teaching = tuple[Teacher, Distillation]  # a teacher, and how much a stage follo
 
 
 SPEED = Speed()
+BUCKET = 50_000_000  # elements of gradients that are reduced together; DeepSpeed's 5e8 holds 2 GB of them in fp32
 
 
 @dataclass
@@ -241,6 +242,7 @@ def deepspeed_config(config: Train, world: int) -> dict:
     steps = [schedule.accumulation(batch, config.micro_batch, world) for batch in batches]  # every stage has to divide
     overlap = zero.overlap_comm if zero.overlap_comm is not None else (None if zero.stage == 3 else False)
     own = {"stage": zero.stage} | ({} if overlap is None else {"overlap_comm": overlap})
+    buckets = {"reduce_bucket_size": BUCKET} if zero.stage < 3 else {}
     for key in zero.extra:
         if key in ("stage", "overlap_comm"):
             raise ValueError(f"zero.extra.{key} contradicts zero.{key}: set zero.{key} instead")
@@ -258,7 +260,7 @@ def deepspeed_config(config: Train, world: int) -> dict:
         "bf16": {"enabled": config.dtype is Dtype.bf16},
         "data_types": {"grad_accum_dtype": "fp32"},
         "gradient_clipping": recipe.optimizer.clip,
-        "zero_optimization": own | zero.extra,
+        "zero_optimization": own | buckets | zero.extra,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # offloaded states are stepped by torch's AdamW too
         "steps_per_print": 2**31,

@@ -14,7 +14,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
-from prosparse.config import Auto, Checkpointing, Compile, FfnMemory, Kernel, Speed, Train
+from prosparse.config import Auto, Checkpointing, Compile, FfnMemory, Kernel, Profile, Speed, Train
 from prosparse.data import Batch, batch
 from prosparse.ffn import FusedFFN, SeparateFFN, sparse_ffns
 from prosparse.kernels import glu
@@ -133,8 +133,8 @@ def _read(mixture: Any, numbers: list[range]) -> list[Batch]:
 class Profiler:
     """Records the steps that `profile` names and writes a trace of them, one file a rank."""
 
-    def __init__(self, steps: dict[str, int], folder: Path, rank: int):
-        self._first, self._last = steps.get("from", 0), steps.get("from", 0) + steps.get("steps", 0) - 1
+    def __init__(self, steps: Profile, folder: Path, rank: int):
+        self._first, self._last = steps.first, steps.first + steps.steps - 1
         self._file = folder / "profile" / f"rank-{rank}.json.gz"
         self._running: Any = None
 

@@ -4,6 +4,7 @@ In: nothing. Out: a config class for each of these verbs (`Measure`, `Export`, .
 """
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from prosparse.config import (
     MISSING,
@@ -22,6 +23,24 @@ class Prepare(Train):
     """`prosparse prepare`: the same experiment, only its text."""
 
     run_dir: str = "."  # not used: prepare writes to data.cache
+
+
+class Benchmark(StrEnum):
+    train = "train"
+    decode = "decode"
+
+
+@dataclass
+class Bench(Train):
+    """`prosparse bench`: a training step or sparse decoding, each against its rivals, in turns."""
+
+    run_dir: str = "."  # not used: bench trains nothing that stays
+    what: Benchmark = MISSING
+    out: str = MISSING  # folder for result.json and the plot
+    rounds: int = 20  # in each of which every rival has a turn
+    warmup: int = 3  # rounds before those, not counted
+    ranks: int = 1  # what=train: processes of each rival, one GPU each if there are any
+    l1_factor: float = 0.1  # what=train: λ, x mean |x1|
 
 
 @dataclass

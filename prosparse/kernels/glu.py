@@ -45,6 +45,7 @@ class _Gated(torch.autograd.Function):
         return d_gate, d_up, *[None] * 7
 
 
+@torch.compiler.disable  # its statistics are no part of a compiled graph
 def gated(
     gate: Tensor,
     up: Tensor,

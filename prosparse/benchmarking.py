@@ -1,0 +1,49 @@
+"""`prosparse bench`: what every benchmark shares, and the verb.
+
+In: a `Bench` config. Out: out/result.json and a plot. Rivals take turns in one run, and what is compared are ratios,
+since the speed of a machine changes; nothing is timed before the rivals' outputs were found to agree.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from prosparse.plotting import DOTS_PER_INCH
+from prosparse.telemetry import command, strict_json, versions, write_atomically
+from prosparse.verb_configs import Bench, Benchmark
+
+
+def bench(config: Bench, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """What `prosparse bench` does; the result is that in out/result.json."""
+    from prosparse import decoding_benchmark, training_benchmark
+
+    out = Path(config.out)
+    measure, draw = {
+        Benchmark.train: (training_benchmark.train, training_benchmark.draw),
+        Benchmark.decode: (decoding_benchmark.decode, decoding_benchmark.draw),
+    }[config.what]
+    result = {"what": str(config.what), "command": command(), "versions": versions(), **measure(config, progress)}
+    draw(result).savefig(out / f"{config.what}.png", dpi=DOTS_PER_INCH)
+    write_atomically(out / "result.json", strict_json(result, indent=1) + "\n")
+    return result
+
+
+def in_turns(
+    arms: dict[str, Callable[[], float]], rounds: int, progress: Callable[[int, int], None] | None = None
+) -> dict[str, list[float]]:
+    """The seconds of every arm in each of `rounds` rounds, in which each has one turn; the order rotates."""
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    names = list(arms)
+    for number in range(rounds):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            seconds[name].append(arms[name]())
+        if progress is not None:
+            progress(number + 1, rounds)
+    return seconds
+
+
+def ratio(ours: list[float], rival: list[float]) -> dict[str, float]:
+    """ours / rival of each round: its median, smallest and largest."""
+    ratios = [a / b for a, b in zip(ours, rival, strict=True)]
+    return {"median": median(ratios), "low": min(ratios), "high": max(ratios)}

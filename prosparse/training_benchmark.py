@@ -1,0 +1,400 @@
+"""`prosparse bench what=train`: this trainer's step against ordinary training and against the usual way to add L1.
+
+In: a `Bench` config; random weights of the experiment's shape, random rows. Out: seconds, memory, losses of each rival,
+their ratios, and where our time goes. Each rival is a group of processes of its own that computes when it is its turn:
+`ours`; `silu`, the same trainer with the model's own FFN, no penalty and no statistics; `hooks`, Hugging Face's Trainer
+with DeepSpeed, ReLU, and the L1 term from forward hooks.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from prosparse import benchmarking, schedule
+from prosparse.config import Dtype
+from prosparse.data import Batch
+from prosparse.ffn import sparse_ffns, substitute
+from prosparse.penalty import PenaltyContext, mean_abs_by_layer, new_statistics, sparsity_by_layer
+from prosparse.telemetry import mfu, peak_memory, training_flops
+from prosparse.verb_configs import Bench
+
+ARMS = ("ours", "silu", "hooks")
+LOSS_NOISE = 5e-3  # how far, relatively, the losses of equal mathematics in bf16 may differ; so the L1 terms
+SHARE_STEPS = 3
+RATE = 1e-4  # constant: the rivals have to walk the same way, not a good one
+
+Turn = Callable[[dict[str, Any] | None], bool]  # tells a result, waits; False: that was the last turn
+
+
+def train(config: Bench, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """Every rival's steps, in turns. RuntimeError if ours and `hooks` do not compute the same."""
+    with tempfile.TemporaryDirectory(prefix="prosparse-bench-") as scratch:
+        arms = {name: _Arm(name, config, Path(scratch) / name) for name in ARMS}
+        try:
+            for arm in arms.values():
+                arm.wait()
+            turns = {name: arm.turn for name, arm in arms.items()}
+            warm = benchmarking.in_turns(turns, config.warmup)
+            _compare(arms)
+            seconds = benchmarking.in_turns(turns, config.rounds, progress)
+            _compare(arms)
+            ended = {name: arm.end() for name, arm in arms.items()}
+        finally:
+            for arm in arms.values():
+                arm.stop()
+    recipe, (device, ranks) = config.recipe, (ended["ours"]["device"], config.ranks)
+    tokens = recipe.batch.sequences * recipe.batch.context
+    of = {
+        name: {
+            "step_seconds": median(seconds[name]),
+            "seconds": seconds[name],
+            "warmup_seconds": warm[name],
+            "tokens_per_second": tokens / median(seconds[name]),
+            "losses": [row["loss"] for row in arm.rows],
+            **ended[name],
+        }
+        for name, arm in arms.items()
+    }
+    ours, vs = of["ours"], {name: benchmarking.ratio(seconds["ours"], seconds[name]) for name in ARMS[1:]}
+    return {
+        "shape": asdict(config.model.shape),
+        "batch": f"{recipe.batch.sequences} x {recipe.batch.context}, micro_batch {config.micro_batch}",
+        "parameters": ours["parameters"],
+        "flops_a_token": ours["flops_a_token"],
+        "mfu": ours["mfu"],
+        "device": device,
+        "ranks": ranks,
+        "dtype": str(config.dtype),
+        "l1_factor": config.l1_factor,
+        "vs_silu": {"step_time": vs["silu"], "peak_memory": _memory_ratio(of, "silu")},
+        "vs_hooks": {
+            "step_time": vs["hooks"],
+            "tokens_per_second": benchmarking.ratio(seconds["hooks"], seconds["ours"]),
+            "peak_memory": _memory_ratio(of, "hooks"),
+            "largest_loss_difference": max(_differences(arms, "loss")),
+            "largest_l1_difference": max(_differences(arms, "l1")),
+        },
+        "arms": of,
+    }
+
+
+def _memory_ratio(of: dict[str, dict[str, Any]], rival: str) -> float:
+    return of["ours"]["memory_bytes"] / of[rival]["memory_bytes"]
+
+
+def _differences(arms: "dict[str, _Arm]", key: str) -> list[float]:
+    return [abs(a[key] / b[key] - 1) for a, b in zip(arms["ours"].rows, arms["hooks"].rows, strict=True)]
+
+
+def _compare(arms: "dict[str, _Arm]") -> None:
+    for key in ("loss", "l1"):
+        far = max(_differences(arms, key))
+        if not far <= LOSS_NOISE:
+            raise RuntimeError(f"ours and hooks do not compute the same: their {key} differs by {far:.2%}")
+
+
+class _Arm:
+    """A rival's processes, from the outside."""
+
+    def __init__(self, name: str, config: Bench, folder: Path):
+        self.name, self.rows = name, list[dict[str, Any]]()
+        folder.mkdir()
+        with Listener(str(folder / "socket"), family="AF_UNIX") as listener:
+            self.processes = [_spawn(name, rank, config, folder) for rank in range(config.ranks)]
+            accepted = [self._accept(listener) for _ in self.processes]
+        for connection in accepted:
+            connection.send((name, config, str(folder)))
+        self.connections = accepted
+
+    def _accept(self, listener: Listener) -> Connection:
+        listener._listener._socket.settimeout(120)  # type: ignore[attr-defined]
+        return listener.accept()
+
+    def wait(self) -> list[dict[str, Any] | None]:
+        """What every process tells next; RuntimeError if one has ended."""
+        try:
+            return [connection.recv() for connection in self.connections]
+        except (EOFError, ConnectionError) as error:
+            raise RuntimeError(f"the processes of {self.name} ended: their message stands above") from error
+
+    def turn(self) -> float:
+        """One step; its seconds on the slowest rank."""
+        for connection in self.connections:
+            connection.send(True)
+        told = [row for row in self.wait() if row is not None]
+        self.rows.append(told[0])
+        return max(row["seconds"] for row in told)
+
+    def end(self) -> dict[str, Any]:
+        """The last turn: what there is to tell after it, the most memory of a rank."""
+        for connection in self.connections:
+            connection.send(False)
+        told = [row for row in self.wait() if row is not None]
+        return told[0] | {"memory_bytes": max(row["memory_bytes"] for row in told)}
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+def _spawn(name: str, rank: int, config: Bench, folder: Path) -> "subprocess.Popen[bytes]":
+    port = 20000 + (os.getpid() * len(ARMS) + ARMS.index(name)) % 40000
+    world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": config.ranks, "LOCAL_WORLD_SIZE": config.ranks}
+    own = {key: str(value) for key, value in (world | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}).items()}
+    own |= {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if config.device != "cpu" else {}
+    command = [sys.executable, "-m", "prosparse.training_benchmark", str(folder / "socket")]
+    return subprocess.Popen(command, env=os.environ | own, stdout=sys.stderr)
+
+
+# --- inside a rival's process -----------------------------------------------------------------------------------------
+
+
+def main(address: str) -> None:
+    connection = Client(address, family="AF_UNIX")
+    name, config, folder = connection.recv()
+
+    def turn(result: dict[str, Any] | None) -> bool:
+        connection.send(result)
+        return connection.recv()
+
+    from prosparse.engine import join_deepspeed
+    from prosparse.group import start_group
+
+    rank, world, device = start_group(config.device, config.threads, config.seed)
+    join_deepspeed(device)
+    run = _hooks if name == "hooks" else _own
+    connection.send(run(config, name, rank, world, device, turn, Path(folder)) | {"memory_bytes": peak_memory(device)})
+
+
+def build(config: Bench, activation: str, device: torch.device) -> LlamaForCausalLM:
+    """A Llama of the experiment's shape with random weights, the same in every process."""
+    shape = {key: value for key, value in asdict(config.model.shape).items() if value is not None}
+    longest = schedule.contexts(config.recipe)[-1]
+    llama = LlamaConfig(**shape, hidden_act=activation, max_position_embeddings=longest)
+    llama._attn_implementation = config.attention
+    torch.manual_seed(config.seed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if config.dtype is Dtype.bf16 else torch.float32)
+    try:
+        with device:
+            return LlamaForCausalLM(llama)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def row(config: Bench, number: int) -> torch.Tensor:
+    """Row `number`: random tokens, int64 [context]."""
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
+    vocabulary = config.model.shape.vocab_size
+    assert vocabulary is not None
+    return torch.randint(vocabulary, (config.recipe.batch.context,), generator=generator)
+
+
+def _own(
+    config: Bench, name: str, rank: int, world: int, device: torch.device, turn: Turn, folder: Path
+) -> dict[str, Any]:
+    """This trainer's step: as trainer.py puts it together."""
+    from prosparse.engine import accumulate, deepspeed_config, set_rate, start_engine
+    from prosparse.speed import described, freeze_gc, make_ready
+
+    model: Any = build(config, "silu", device)
+    layers, width = model.config.num_hidden_layers, model.config.intermediate_size
+    if name == "ours":
+        substitute(model, "relu")
+    make_ready(model, config, device)
+    engine = start_engine(config, model, deepspeed_config(config, world))
+    context = PenaltyContext(torch.zeros((), device=device), new_statistics(layers, device))
+    factor = config.l1_factor if name == "ours" else 0.0
+    freeze_gc(config.speed)
+    size, sequences = config.micro_batch, config.recipe.batch.sequences
+
+    def step(number: int) -> dict[str, Any]:
+        first = number * sequences
+        starts = range(first + rank * size, first + sequences, size * world)
+        batches = [Batch(ids, ids) for ids in (torch.stack([row(config, i + j) for j in range(size)]) for i in starts)]
+        _synchronize(device)
+        began = time.perf_counter()
+        window = accumulate(engine, context, batches, factor, speed=config.speed)
+        set_rate(engine, RATE, config.recipe.optimizer.weight_decay)
+        engine.step()
+        _synchronize(device)
+        result = {"seconds": time.perf_counter() - began, "loss": window.loss, "l1": 0.0, "sparsity": 0.0}
+        if name == "ours":
+            result["l1"] = factor * sum(mean_abs_by_layer(window.statistics))
+            result["sparsity"] = sum(sparsity_by_layer(window.statistics)) / layers
+        return result
+
+    going, number, result = turn(None), 0, None
+    while going:
+        result = step(number)
+        number, going = number + 1, turn(result)
+    memory = peak_memory(device)
+    parts = _shares(engine, step, number, device) if name == "ours" else {}
+    tokens = config.recipe.batch.sequences * config.recipe.batch.context
+    said = {
+        "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "threads": torch.get_num_threads(),
+        "how": described(config, device),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "flops_a_token": training_flops(model, config.recipe.batch.context),
+        "neurons": width,
+        "parts": parts,
+    }
+    speed = 0.0 if result is None else tokens / world / result["seconds"]
+    return said | {"mfu": mfu(model, config.recipe.batch.context, speed, device), "peak_in_turns": memory}
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _shares(engine: Any, step: Callable[[int], dict[str, Any]], number: int, device: torch.device) -> dict[str, float]:
+    """The share of a step's time in its parts, over SHARE_STEPS steps that wait for the device at each border.
+
+    ffn: forward and backward of all FFNs; loss: from the output head's forward to its backward; optimizer: the engine's
+    step; communication: the collectives' own time, which may lie beside the rest.
+    """
+    sums, open_at = dict.fromkeys(("ffn", "loss", "optimizer"), 0.0), dict[str, float]()
+
+    def begin(part: str) -> Callable[..., None]:
+        def note(*_: Any) -> None:
+            _synchronize(device)
+            open_at[part] = time.perf_counter()
+
+        return note
+
+    def end(part: str) -> Callable[..., None]:
+        def note(*_: Any) -> None:
+            _synchronize(device)
+            sums[part] += time.perf_counter() - open_at[part]
+
+        return note
+
+    handles = []
+    for ffn in sparse_ffns(engine.module):
+        handles += [ffn.register_forward_pre_hook(begin("ffn")), ffn.register_forward_hook(end("ffn"))]
+        handles += [ffn.register_full_backward_pre_hook(begin("ffn")), ffn.register_full_backward_hook(end("ffn"))]
+    head = engine.module.get_output_embeddings()
+    handles += [head.register_forward_pre_hook(begin("loss")), head.register_full_backward_hook(end("loss"))]
+    whole, stepping = 0.0, engine.step
+
+    def timed_step() -> None:
+        begin("optimizer")()
+        stepping()
+        end("optimizer")()
+
+    engine.step = timed_step
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
+    for i in range(SHARE_STEPS):
+        whole += step(number + i)["seconds"]
+    for handle in handles:
+        handle.remove()
+    engine.step = stepping
+    with torch.profiler.profile(activities=activities) as trace:
+        one = step(number + SHARE_STEPS)["seconds"]
+    talk = [e for e in trace.key_averages() if e.key.startswith(("gloo:", "nccl:", "ncclDevKernel"))]
+    spoken = sum(max(event.cpu_time_total, getattr(event, "device_time_total", 0)) for event in talk) / 1e6
+    return {part: total / whole for part, total in sums.items()} | {"communication": spoken / one}
+
+
+def _hooks(
+    config: Bench, name: str, rank: int, world: int, device: torch.device, turn: Turn, folder: Path
+) -> dict[str, Any]:
+    """What people write today: Trainer, a DeepSpeed config, hooks that collect x1, a loss with its mean |x1|."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    model, kept = build(config, "relu", device), list[torch.Tensor]()
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
+    said: dict[str, Any] = {}
+    sequences, micro = config.recipe.batch.sequences, config.micro_batch
+    accumulation = schedule.accumulation(sequences, micro, world)
+
+    class WithL1(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None):
+            kept.clear()
+            loss = model(**inputs, use_cache=False).loss
+            l1 = config.l1_factor * torch.stack([x1.abs().mean(dtype=torch.float32) for x1 in kept]).sum()
+            for key, value in (("loss", loss), ("l1", l1)):
+                said[key] = said.get(key, 0.0) + value.detach() / accumulation
+            return loss + l1
+
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+
+    class Turns(TrainerCallback):
+        began = 0.0
+        started = False
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if not self.started:
+                self.started = True
+                control.should_training_stop = not turn(None)
+            said.clear()
+            _synchronize(device)
+            self.began = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            _synchronize(device)
+            seconds = time.perf_counter() - self.began
+            control.should_training_stop = not turn({"seconds": seconds} | {k: float(v) for k, v in said.items()})
+
+    steps = config.warmup + config.rounds + 1
+    settings = config.recipe.optimizer
+    options: dict[str, Any] = {
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": accumulation,
+        "bf16": config.dtype is Dtype.bf16,
+        "optim": "adamw_torch_fused",
+        "learning_rate": RATE,
+        "lr_scheduler_type": "constant",
+        "weight_decay": settings.weight_decay,
+        "adam_beta1": settings.betas[0],
+        "adam_beta2": settings.betas[1],
+        "adam_epsilon": settings.eps,
+        "max_grad_norm": settings.clip,
+        "gradient_checkpointing": False,
+        "max_steps": steps,
+        "seed": config.seed,
+        "use_cpu": device.type == "cpu",
+        "deepspeed": {
+            "zero_optimization": {"stage": config.zero.stage},
+            "bf16": {"enabled": config.dtype is Dtype.bf16},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "zero_allow_untested_optimizer": True,
+        },
+    }
+    quiet: dict[str, Any] = {"report_to": [], "logging_strategy": "no", "save_strategy": "no", "disable_tqdm": True}
+    arguments = TrainingArguments(output_dir=str(folder / "trainer"), **options, **quiet)
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return steps * sequences
+
+        def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+            ids = row(config, number)
+            return {"input_ids": ids, "labels": ids}
+
+    WithL1(model=model, args=arguments, train_dataset=Rows(), callbacks=[Turns()]).train()
+    return {"options": options, "threads": torch.get_num_threads()}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
