@@ -14,7 +14,7 @@ part lint ruff check .
 part types mypy
 if [ $# -gt 0 ]; then
     part tests python -m pytest "$@"
-else # those that start groups of ranks take both cores of a small machine by themselves
+else # ranks wait for one another much of their time: two groups of them share two cores well
     part units python -m pytest -n 2 --dist loadfile --ignore tests/distributed --ignore tests/faults
-    part ranks python -m pytest tests/distributed tests/faults
+    part ranks python -m pytest -n 2 --dist loadfile tests/distributed tests/faults
 fi

@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TypeVar
@@ -86,6 +86,8 @@ def listening() -> Iterator[None]:
         signal.set_wakeup_fd(old_sender)
         for number, handler in before.items():  # who was asked once ends in peace: launchers ask again, rank by rank
             signal.signal(number, handler if _reason is None else signal.SIG_IGN)
+        with suppress(BlockingIOError):  # full: it wakes up anyway
+            sender.send(b"\0")
         watch.join()
         arrived.close()
         sender.close()

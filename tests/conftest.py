@@ -86,7 +86,7 @@ def nursery():
     """Forks groups of ranks: see tests/faults/ranks.py."""
     from ranks import Nursery
 
-    with Nursery() as process:
+    with Nursery(notice_seconds=2.0) as process:
         yield process
 
 

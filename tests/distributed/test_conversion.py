@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from prosparse import checkpoint
 
-pytestmark = pytest.mark.timeout(600)  # a dozen trainings: minutes where the cores have other work
+pytestmark = pytest.mark.timeout(600)  # a dozen trainings
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -29,8 +29,8 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tiny, tmp_path_factory) -> dict[str, Path]:
-    """One group of two ranks trains: undisturbed; stopped after a stage; ZeRO-1 and ZeRO-3; the controls."""
+def runs(nursery, tiny, tmp_path_factory) -> dict[str, Path]:
+    """Two ranks train: undisturbed; stopped after a stage; ZeRO-1 and ZeRO-3; the controls."""
     root = tmp_path_factory.mktemp("runs")
     quick = ["evaluate.every=0", "save.every=100"]
     plans = {
@@ -47,8 +47,9 @@ def runs(tiny, tmp_path_factory) -> dict[str, Path]:
     plans["zero3 again"] = []  # stopped after its last stage and resumed under ZeRO-3
     again = [*tiny_overrides(tiny, root / "zero3 again"), "zero=zero3", *quick]
     trainings += [[*again, "until=rise"], [*again, "until=hold"], [*again, "until=shift"], again]
-    done = launch(json.dumps(trainings), script="tests/distributed/trainings.py", timeout=560)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    for overrides in trainings:
+        group = nursery.run(overrides, log=root / "log")
+        assert group.codes == [0, 0], group.text()[-4000:]
     return {name: root / name for name in plans}
 
 
@@ -85,12 +86,12 @@ def test_a_run_leaves_what_it_promises(runs):
     )
 
 
-def test_a_run_stopped_and_started_again_is_bit_equal_to_an_undisturbed_one(runs, tiny):
+def test_a_run_stopped_and_started_again_as_a_module_by_deepspeed_is_bit_equal_to_an_undisturbed_one(runs, tiny):
     stopped = runs["stopped"]
     assert [row["step"] for row in metrics(stopped) if row["kind"] == "train"] == list(range(1, 8))
     with open(stopped / "metrics.jsonl", "a") as file:  # what a run killed between checkpoints leaves behind
         file.write(json.dumps({"kind": "train", "step": 8, "loss": 0.0}) + "\n" + '{"kind": "tr')
-    done = launch(*tiny_overrides(tiny, stopped), "resume=must")
+    done = launch("prosparse.cli", "train", *tiny_overrides(tiny, stopped), "resume=must", script="--module")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "goes on after step 7" in done.stderr
     assert_equal_runs(stopped, runs["undisturbed"])
@@ -180,34 +181,30 @@ def test_a_checkpoint_opens_as_a_model_and_exports(runs, tmp_path):
     assert model.model.layers[0].mlp.activation == "relu"
 
 
-def test_the_verbs_work_on_a_finished_run(runs, tiny, tmp_path):
-    text, cache = f"text={tiny['text']}", f"cache={tiny['cache']}"
-    measured = prosparse(
-        "measure", f"checkpoint={runs['undisturbed']}", text, cache, "context=32", "held_out=0.2", "threads=1"
-    )
-    assert measured.returncode == 0, measured.stderr
-    result = json.loads(measured.stdout.splitlines()[-1])
+def test_the_verbs_work_on_a_finished_run(runs, nursery, tiny, tmp_path):
+    def run(verb: str, *overrides: str):
+        group = nursery.run(list(overrides), ranks=1, log=tmp_path / "log", verb=verb)
+        assert group.codes == [0], group.text()
+        return group
+
+    text = [f"text={tiny['text']}", f"cache={tiny['cache']}", "context=32", "threads=1"]
+    result = run("measure", f"checkpoint={runs['undisturbed']}", "held_out=0.2", *text).result()
     assert len(result["sparsity_by_layer"]) == 3 and result["tokens"] > 0
-    shifted = prosparse(
-        "shift", f"checkpoint={runs['undisturbed']}/checkpoints/step-00000010", text, cache, "context=32",
-        "threshold=0.01", f"out={tmp_path / 'shifted'}", "threads=1",
-    )  # fmt: skip
-    assert shifted.returncode == 0, shifted.stderr
+    shifted = f"checkpoint={runs['undisturbed']}/checkpoints/step-00000010"
+    run("shift", shifted, "threshold=0.01", f"out={tmp_path / 'shifted'}", *text)
     assert json.loads((tmp_path / "shifted" / "config.json").read_text())["hidden_act_param"] == 0.010009765625
     card = (tmp_path / "shifted" / "README.md").read_text()
     point = json.loads((tmp_path / "shifted" / "result.json").read_text())["shift"]["sweep"][-1]
     assert f"| this model | {100 * point['sparsity']:.2f} % | {point['perplexity']:.3f} |" in card
-    reported = prosparse(
-        "report", f"runs=[{runs['undisturbed']},{runs['silu_continued']}]", f"out={tmp_path / 'report'}"
-    )
-    assert reported.returncode == 0, reported.stderr
-    rows = {(row["run"], row["model"]): row for row in json.loads(reported.stdout.splitlines()[-1])["table"]}
+    both = f"runs=[{runs['undisturbed']},{runs['silu_continued']}]"
+    reported = run("report", both, f"out={tmp_path / 'report'}")
+    rows = {(row["run"], row["model"]): row for row in reported.result()["table"]}
     ratio = rows["undisturbed", "exported"]["perplexity"] / rows["silu_continued", "trained"]["perplexity"]
     assert rows["undisturbed", "exported"]["x_control"] == pytest.approx(ratio)
-    assert (tmp_path / "report" / "index.html").is_file() and "by its path" not in reported.stderr
+    assert (tmp_path / "report" / "index.html").is_file() and "by its path" not in reported.text()
 
 
-def test_torchrun_starts_the_same_entry_and_module_and_plain_runs_go_too(runs, tiny, tmp_path):
+def test_torchrun_starts_the_same_entry_and_a_plain_run_goes_too(runs, nursery, tiny, tmp_path):
     overrides = [*tiny_overrides(tiny, tmp_path / "torchrun"), "until=substitution", "evaluate.rows=2"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -218,12 +215,6 @@ def test_torchrun_starts_the_same_entry_and_module_and_plain_runs_go_too(runs, t
     assert done.returncode == 0, done.stderr[-3000:]
     assert trained(tmp_path / "torchrun") == trained(runs["undisturbed"])[:3]
 
-    module = launch(
-        "prosparse.cli", "train", *tiny_overrides(tiny, tmp_path / "m"), "until=substitution", script="--module"
-    )
-    assert module.returncode == 0, module.stderr[-3000:]
-    assert trained(tmp_path / "m") == trained(runs["undisturbed"])[:3]
-
     plain = prosparse("train", *tiny_overrides(tiny, tmp_path / "plain"), "until=substitution", "zero=zero3")
     assert plain.returncode == 0, plain.stderr[-3000:]
     assert json.loads(plain.stdout.splitlines()[-1])["stopped_at"] == "substitution"
@@ -231,8 +222,9 @@ def test_torchrun_starts_the_same_entry_and_module_and_plain_runs_go_too(runs, t
     newest = tmp_path / "plain" / "checkpoints" / "step-00000003"
     file = next((newest / "engine").glob("rank-*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1])
-    more = prosparse("train", *tiny_overrides(tiny, tmp_path / "plain"), "until=rise", "zero=zero3", "save.keep=9")
-    assert more.returncode == 0 and "passing over" in more.stderr and "goes on after step 2" in more.stderr
+    again = [*tiny_overrides(tiny, tmp_path / "plain"), "until=rise", "zero=zero3", "save.keep=9"]
+    more = nursery.run(again, ranks=1, log=tmp_path / "log")
+    assert more.codes == [0] and "passing over" in more.text() and "goes on after step 2" in more.text()
     kept = sorted(path.name for path in newest.parent.iterdir())
     assert kept == [f"step-0000000{n}" for n in (2, 3)] + ["step-00000003.superseded"] + [
         f"step-0000000{n}" for n in (4, 6, 7)
@@ -245,7 +237,7 @@ def test_torchrun_starts_the_same_entry_and_module_and_plain_runs_go_too(runs, t
     )
 
 
-def test_what_a_user_can_mend_is_one_line_and_leaves_nothing_half_written(runs, tiny, tmp_path):
+def test_what_a_user_can_mend_is_one_line_and_leaves_nothing_half_written(runs, nursery, tiny, tmp_path):
     (tmp_path / "short.txt").write_text("too short")
     AutoTokenizer.from_pretrained(tiny["model"]).save_pretrained(tmp_path / "gpt2")
     GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=300)).save_pretrained(tmp_path / "gpt2")
@@ -278,13 +270,9 @@ def test_what_a_user_can_mend_is_one_line_and_leaves_nothing_half_written(runs, 
         "never": "resume=never",
     }
     before = sorted(finished.rglob("*"))
-    command = [sys.executable, "tests/distributed/bad_inputs.py", json.dumps(calls)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
-    answers = json.loads(done.stdout.splitlines()[-1])
     for name, message in expected.items():
-        code, error = answers[name]
-        last = error.strip().splitlines()[-1]
-        assert code == 2 and last.startswith("prosparse train: ") and message in last, (name, answers[name])
+        group = nursery.run(calls[name], ranks=1, log=tmp_path / f"{name}.log")
+        last = group.text().strip().splitlines()[-1]
+        assert group.codes == [2] and last.startswith("prosparse train: ") and message in last, (name, group.text())
         assert [path for path in (tmp_path / name).rglob("*") if path.is_file()] == [], name
     assert sorted(finished.rglob("*")) == before

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import metrics, prosparse, tiny_overrides, trained
+from conftest import metrics, tiny_overrides, trained
 from safetensors.torch import load_file
 
 from prosparse import load_model
@@ -22,11 +22,11 @@ def settings(tiny, run_dir, granularity: str) -> list[str]:
 
 
 @pytest.fixture(scope="module", params=GRANULARITIES)
-def run(request, tiny, tmp_path_factory):
+def run(request, nursery, tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param) / "run"
-    done = prosparse("train", *settings(tiny, folder, request.param))
-    assert done.returncode == 0, done.stderr
-    return folder, request.param, done
+    done = nursery.run(settings(tiny, folder, request.param), ranks=1, log=folder.with_suffix(".log"))
+    assert done.codes == [0], done.text()
+    return folder, request.param
 
 
 def held_out(folder) -> dict[str, dict]:
@@ -34,7 +34,7 @@ def held_out(folder) -> dict[str, dict]:
 
 
 def test_recovery_follows_the_shift_and_its_model_is_exported(run):
-    folder, granularity, _ = run
+    folder, granularity = run
     rows = trained(folder)
     assert [row["stage"] for row in rows[-4:]] == ["hold", "recover", "recover", "recover"]
     assert [row["lr"] for row in rows[-3:]] == [1e-4] * 3 and rows[-1]["l1_factor"] == rows[-4]["l1_factor"]
@@ -49,16 +49,16 @@ def test_recovery_follows_the_shift_and_its_model_is_exported(run):
     assert report["shift"]["granularity"] == granularity and ("folded" in report["shift"]) == (granularity == "neuron")
 
 
-def test_a_resume_within_the_recovery_is_bit_equal(run, tiny, tmp_path):
-    folder, granularity, _ = run
+def test_a_resume_within_the_recovery_is_bit_equal(run, nursery, tiny, tmp_path):
+    folder, granularity = run
     again = tmp_path / "run"
     shutil.copytree(folder, again)
     shutil.rmtree(again / "model")
     shutil.rmtree(again / "checkpoints" / "step-00000013")
     shutil.rmtree(again / "checkpoints" / "step-00000012")
-    done = prosparse("train", *settings(tiny, again, granularity))
-    assert done.returncode == 0 and "goes on from" in done.stderr, done.stderr
-    assert "step-00000011" in done.stderr and "shifting the threshold" not in done.stderr
+    done = nursery.run(settings(tiny, again, granularity), ranks=1, log=tmp_path / "log")
+    assert done.codes == [0] and "goes on from" in done.text(), done.text()
+    assert "step-00000011" in done.text() and "shifting the threshold" not in done.text()
     assert trained(again) == trained(folder)
     ours, theirs = (load_file(path / "model" / "model.safetensors") for path in (folder, again))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -67,17 +67,18 @@ def test_a_resume_within_the_recovery_is_bit_equal(run, tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_stopped_before_the_shift_or_at_it_ends_the_same(run, tiny, tmp_path):
-    folder, granularity, _ = run
+def test_a_run_that_stopped_before_the_shift_or_at_it_ends_the_same(run, nursery, tiny, tmp_path):
+    folder, granularity = run
+    overrides = settings(tiny, tmp_path / "run", granularity)
     for until in ("hold", "shift"):
-        done = prosparse("train", *settings(tiny, tmp_path / "run", granularity), f"until={until}")
-        assert done.returncode == 0 and not (tmp_path / "run" / "model").exists(), done.stderr
-    done = prosparse("train", *settings(tiny, tmp_path / "run", granularity))
-    assert done.returncode == 0 and trained(tmp_path / "run") == trained(folder), done.stderr
+        done = nursery.run([*overrides, f"until={until}"], ranks=1, log=tmp_path / "log")
+        assert done.codes == [0] and not (tmp_path / "run" / "model").exists(), done.text()
+    done = nursery.run(overrides, ranks=1, log=tmp_path / "log")
+    assert done.codes == [0] and trained(tmp_path / "run") == trained(folder), done.text()
 
 
 def test_a_checkpoint_whose_thresholds_are_apart_is_refused_as_a_model(run):
-    folder, granularity, _ = run
+    folder, granularity = run
     path = folder / "checkpoints" / "step-00000011"
     if granularity == "neuron":
         with pytest.raises(ValueError, match="thresholds by neuron"):

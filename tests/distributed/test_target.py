@@ -16,7 +16,8 @@ RECIPE = [
     "recipe.lr.peak=1e-3",
     "recipe.stages.rise.l1.sparsity=0.45",
     "recipe.stages.hold.l1.sparsity=0.45",
-    "save.every=10",
+    "save.every=50",
+    "micro_batch=2",
 ]
 
 

@@ -1,13 +1,11 @@
 """Tasks on two ranks, by the verb and within a training: the same numbers, a row a task, the rule that ends a run."""
 
 import json
-import os
-import subprocess
-import sys
+import re
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, _port, make_tiny, metrics, prosparse, tiny_overrides, trained
+from conftest import ROOT, make_tiny, metrics, tiny_overrides, trained
 
 pytestmark = pytest.mark.timeout(300)
 NAMES = ("opposites", "series")
@@ -116,24 +114,18 @@ def test_a_stop_rule_on_what_no_task_has_is_refused_before_training(go):
     assert "series/acc: series has exact_match,number" in said and not trained(go.root / "odd")
 
 
-def test_the_verb_gives_on_two_ranks_exactly_what_it_gives_on_one(tmp_path):
+def test_the_verb_gives_on_two_ranks_exactly_what_it_gives_on_one(nursery, tmp_path):
     asked = [
-        "eval",
         f"checkpoint={make_tiny(tmp_path, hidden_act='relu')['model']}",
         "tasks=[opposites,series]",
         f"task_path={FOLDER}",
         "batch=7",
         "threads=1",
     ]
-    where = ["--nproc-per-node=2", f"--master-port={_port()}", "-m", "prosparse.cli"]
-    command = [str(Path(sys.executable).parent / "torchrun"), *where, *asked, f"out={tmp_path / 'two'}"]
-    ranks = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
-    )
-    done = prosparse(*asked, f"out={tmp_path / 'one'}")
-    said = ranks.communicate(timeout=240)[1]
-    assert (ranks.returncode, done.returncode) == (0, 0), said + done.stderr
-    assert said.count("sparsity") == 2  # one rank speaks
+    for ranks, name in ((1, "one"), (2, "two")):
+        done = nursery.run([*asked, f"out={tmp_path / name}"], ranks, tmp_path / "log", "eval")
+        assert done.codes == [0] * ranks, done.text()
+        assert len(re.findall("^(?!{).*sparsity", done.text(), re.M)) == 2  # one rank speaks
     one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two"))
     assert two["complete"] and list(two["tasks"]) == ["opposites", "series"]
     assert all(0.3 < result["sparsity"] < 0.7 for result in one["tasks"].values())

@@ -1,18 +1,21 @@
-"""Ranks forked from a process that has torch and DeepSpeed imported: a start costs a second or two, not ten.
+"""Ranks forked from a process that has torch and DeepSpeed imported: a start costs half a second, not ten.
 
 `Nursery` is what tests and the fault campaign use; run as a script this file is the process that forks.
 """
 
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -20,17 +23,24 @@ HANG_SECONDS = 120
 
 
 class Nursery:
-    """A process that forks groups of ranks; `with Nursery() as nursery: nursery.start([...])`."""
+    """A process that forks groups of ranks; `with Nursery() as nursery: nursery.start([...])`.
+
+    notice_seconds: in place of `prosparse.group.NOTICE_SECONDS`, which suits hosts that other work slows down.
+    """
+
+    def __init__(self, notice_seconds: float | None = None) -> None:
+        self.notice_seconds = notice_seconds
 
     def __enter__(self):
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "DS_ACCELERATOR": "cpu",
+            "CUDA_VISIBLE_DEVICES": "",
             "HF_HUB_OFFLINE": "1",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }
         self.process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, json.dumps(self.notice_seconds)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -49,19 +59,19 @@ class Nursery:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, arguments: list[str], ranks: int = 2, log: Path | None = None, **inject) -> "Group":
-        """Fork `ranks` that run `prosparse train ARGUMENTS`; stdout and stderr go to `log`.
+    def start(self, arguments: list[str], ranks: int = 2, log: Path | None = None, verb="train", **inject) -> "Group":
+        """Fork `ranks` that run `prosparse VERB ARGUMENTS`; stdout and stderr go to `log`.
 
-        `inject` (see `_inject`) breaks something in one of them.
+        `verb` may be a script (*.py) too; `inject` (see `_inject`) breaks something in one of them.
         """
         log = log or Path("/dev/null")
         offset = log.stat().st_size if log.is_file() else 0
-        question = {"start": arguments, "ranks": ranks, "log": str(log), "inject": inject}
+        question = {"start": arguments, "ranks": ranks, "log": str(log), "verb": verb, "inject": inject}
         return Group(self, self.ask(question), log, offset)
 
-    def run(self, arguments: list[str], ranks: int = 2, log: Path | None = None, **inject) -> "Group":
+    def run(self, arguments: list[str], ranks: int = 2, log: Path | None = None, verb="train", **inject) -> "Group":
         """`start`, and wait for the end."""
-        group = self.start(arguments, ranks, log, **inject)
+        group = self.start(arguments, ranks, log, verb, **inject)
         group.wait()
         return group
 
@@ -106,6 +116,10 @@ class Group:
         with open(self.log, encoding="utf-8", errors="replace") as file:
             file.seek(self.offset)
             return file.read()
+
+    def result(self) -> dict:
+        """What a verb printed at its end."""
+        return json.loads(next(line for line in reversed(self.text().splitlines()) if line.startswith("{")))
 
     def wait_for(self, words: str, seconds: float = HANG_SECONDS) -> bool:
         """Whether `words` turned up in what it says."""
@@ -238,7 +252,14 @@ def _child(rank: int, question: dict, port: int) -> None:
 
         if question["inject"]:
             _inject(rank, question["inject"])
-        code = main(["train", *question["start"]])
+        if question["verb"].endswith(".py"):
+            sys.argv = [question["verb"], *question["start"]]
+            runpy.run_path(question["verb"], run_name="__main__")
+            code = 0
+        else:
+            code = main([question["verb"], *question["start"]])
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -246,16 +267,26 @@ def _child(rank: int, question: dict, port: int) -> None:
 
 
 def _serve() -> None:
+    import reloads
     import torch
 
     torch.set_num_threads(1)
+    address = reloads.serve()  # before this process imports prosparse
     import deepspeed
 
     with suppress(ImportError):  # an engine imports it when it starts, and torch.compile with it, which takes seconds
         import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
-    import prosparse.trainer  # noqa: F401
+    import grain  # noqa: F401
+    import lm_eval.tasks  # noqa: F401
 
+    import prosparse.harness
+    import prosparse.trainer  # noqa: F401
+    from prosparse import group
+    from prosparse.exporters import hf
+
+    hf.reload_in_fresh_process = partial(reloads.reload, address)
+    group.NOTICE_SECONDS = json.loads(sys.argv[1]) or group.NOTICE_SECONDS
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     answers.write("ready\n")
     for line in sys.stdin:
@@ -274,6 +305,7 @@ def _serve() -> None:
             answers.write(json.dumps(pids) + "\n")
         else:
             answers.write(json.dumps(_wait(question["wait"], question["seconds"])) + "\n")
+    os._exit(0)  # without the seconds in which Python takes all of it down
 
 
 def _wait(pids: list[int], seconds: float) -> dict:

@@ -3,20 +3,17 @@
 In: benchmarks/faults.py. Out: its verdict.
 """
 
-import re
-import subprocess
-import sys
+import random
 
 import pytest
-from conftest import ROOT
+from conftest import script
 
 
 @pytest.mark.timeout(300)
-def test_no_fault_of_a_sample_leads_to_wrong_state_a_hang_or_a_lost_checkpoint():
-    command = [sys.executable, "benchmarks/faults.py", "--quick"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=290)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    verdict = re.fullmatch(
-        r"kills=(\d+) damaged=(\d+) signals=(\d+) full_disks=(\d+) wrong=0 hangs=0 lost=0", done.stdout.splitlines()[-1]
-    )
-    assert verdict is not None and all(int(count) > 0 for count in verdict.groups())
+def test_no_fault_of_a_sample_leads_to_wrong_state_a_hang_or_a_lost_checkpoint(nursery, tmp_path):
+    faults = script("faults")
+    campaign = faults.Campaign(tmp_path, nursery, random.Random(0), faults.QUICK)
+    campaign.run()
+    counts = campaign.book.counts
+    assert not any(counts[name] for name in ("wrong", "hangs", "lost")), campaign.book.table()
+    assert all(counts[name] > 0 for name in ("kills", "damaged", "signals", "full_disks"))

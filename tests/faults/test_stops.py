@@ -1,6 +1,7 @@
 """Requests to stop, ranks that die or hang, disks and memory that run out: what a run does, with real processes."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,12 +58,12 @@ def test_a_rank_that_another_one_stopped_ends_with_75_whatever_its_launcher_send
 
 
 def test_a_stop_file_stops_and_is_removed_and_the_run_is_bit_equal_in_the_end(start):
-    quick = ["recipe.stages.hold.steps=150", "evaluate.every=5", "save.every=1000", "until=hold"]
+    quick = ["recipe.stages.hold.steps=80", "evaluate.every=5", "save.every=1000", "until=hold"]
     group, run_dir = start("stop file", *quick)
     assert group.wait_for("step   12/")
     (run_dir / "STOP").touch()
     assert group.wait(60) == [75, 75]
-    assert not (run_dir / "STOP").exists() and last_step(run_dir) < 157
+    assert not (run_dir / "STOP").exists() and last_step(run_dir) < 87
     again, _ = start("stop file", *quick)
     assert again.wait(60) == [0, 0]
     whole, undisturbed = start("not stopped", *quick)
@@ -118,21 +119,18 @@ def test_a_stop_while_text_is_prepared_ends_all_ranks(start, tmp_path):
     assert not list((tmp_path / "cache").glob("*")) and not (run_dir / "STOP").exists()
 
 
-def test_other_verbs_stop_too_and_leave_nothing_half_written(tiny, tmp_path):
+def test_other_verbs_stop_too_and_leave_nothing_half_written(nursery, tiny, tmp_path):
     text = tmp_path / "long.txt"
     text.write_text("a sparse neuron rests while a dense one fires. " * 200_000)
-    command = [
-        sys.executable, "-m", "prosparse.cli", "measure", f"checkpoint={tiny['model']}", f"text={text}",
-        f"cache={tmp_path / 'cache'}", f"out={tmp_path / 'out'}", "context=16", "batch=1", "threads=1",
-    ]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    where = [f"cache={tmp_path / 'cache'}", f"out={tmp_path / 'out'}"]
+    asked = [f"checkpoint={tiny['model']}", f"text={text}", *where, "context=16", "batch=1", "threads=1"]
+    group = nursery.start(asked, 1, tmp_path / "log", "measure")
     deadline = time.monotonic() + 60
     while not list((tmp_path / "cache").glob("*")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    out, error = process.communicate(timeout=60)
-    assert process.returncode == 75 and error.splitlines()[-1].startswith("prosparse measure: stopped (SIGTERM)")
-    assert out == "" and not (tmp_path / "out" / "result.json").exists()
+    group.signal(signal.SIGTERM, rank=0)
+    assert group.wait(60) == [75] and group.text().splitlines()[-1].startswith("prosparse measure: stopped (SIGTERM)")
+    assert "\n{" not in group.text() and not (tmp_path / "out" / "result.json").exists()
     assert not list((tmp_path / "cache").glob(".preparing-*"))
 
 
@@ -199,8 +197,10 @@ def test_two_interrupts_end_a_rank_that_waits_inside_a_collective(start):
     group.signal(signal.SIGINT, rank=0)
     time.sleep(1.5)
     group.signal(signal.SIGINT, rank=0)
-    time.sleep(0.5)
-    assert group.ended(0)
+    deadline = time.monotonic() + 10
+    while not group.ended(0):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     group.signal(signal.SIGKILL, rank=1)
     assert group.wait(20) == [130, -signal.SIGKILL]
 
@@ -210,13 +210,18 @@ def test_a_request_ends_a_rank_that_waits_for_ranks_that_never_come(start, tiny,
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29677"}
     command = [sys.executable, "launch/train.py", *tiny_overrides(tiny, tmp_path / "run")]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE)
-    time.sleep(12)
+    deadline = time.monotonic() + 60
+    while not _listens(29677):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     assert process.wait(15) == 75
 
 
 def test_memory_that_runs_out_ends_with_the_key_to_set(start):
-    group, _ = start("memory", *LONG, "recipe.batch.context=256", "micro_batch=2", "recipe.batch.sequences=8", memory=1)
+    group, _ = start(
+        "memory", *LONG, "recipe.batch.context=256", "micro_batch=2", "recipe.batch.sequences=8", memory=1, rank=1
+    )
     codes = group.wait(60)
     assert sorted(codes) == [1, 2] or codes == [2, 2], group.text()[-3000:]
     assert "rank 1 ran out of memory: " in group.text() and "set micro_batch=1" in group.text()
@@ -291,9 +296,16 @@ def test_the_launcher_leaves_no_orphans_no_shared_memory_and_needs_no_compiler(t
     process.wait(30)
     while (left := _processes(str(tmp_path / "run"))) and time.monotonic() < deadline + 60:
         time.sleep(0.2)
-    assert left == [] and set(os.listdir("/dev/shm")) <= shared and not (tmp_path / "ops").exists()
+    while (more := set(os.listdir("/dev/shm")) - shared) and time.monotonic() < deadline + 60:
+        time.sleep(0.2)  # other tests have shared memory for a moment too
+    assert left == [] and not more and not (tmp_path / "ops").exists()
     folder = checkpoint.find(tmp_path / "run")
     assert folder is not None and int(folder.name[5:]) == last_step(tmp_path / "run")
+
+
+def _listens(port: int) -> bool:
+    tables = "".join(Path(f"/proc/net/{name}").read_text() for name in ("tcp", "tcp6"))
+    return re.search(rf":{port:04X} [0-9A-F]+:0000 0A ", tables) is not None
 
 
 def _processes(words: str) -> list[int]:
