@@ -9,7 +9,7 @@ from conftest import ROOT
 FLOORS = [
     {"activations", "config", "verb_configs", "checks", "signals", "group"},
     {"schedule", "penalty", "kernels", "shards", "guard", "controller", "checkpoint"},
-    {"ffn", "chat", "sources"},
+    {"ffn", "decoding", "chat", "sources"},
     {"models", "data"},
     {"sparsity", "activity"},
     {"allocation", "threshold", "predictor", "vllm_plugin", "distillation", "telemetry", "generation"},

@@ -75,6 +75,7 @@ def _compiled() -> Any:
     if library.exists():
         torch.ops.load_library(library)
         return torch.ops.prosparse_decode
+    print("compiling the sparse operators for this CPU, once, in some 15 seconds", file=sys.stderr)
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:  # torch's own would wait for a killed build forever
         how: dict = {"extra_cflags": flags, "extra_ldflags": ["-fopenmp"], "is_python_module": False}
