@@ -16,7 +16,7 @@ FLOORS = [
     {"records", "card", "page", "plotting", "reporting"},
     {"exporters", "evaluation", "harness"},
     {"speed", "engine"},
-    {"run", "tasks", "ending", "trainer"},
+    {"run", "tasks", "ending", "trainer", "benchmarking", "decoding_benchmark"},
     {"verbs"},
     {"cli"},
 ]
