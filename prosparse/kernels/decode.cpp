@@ -20,6 +20,7 @@ namespace {
 using Floats = at::vec::Vectorized<float>;
 constexpr int64_t STEP = 2 * Floats::size();  // one full register of a 16-bit type
 constexpr int64_t CACHE_LINE = 64;
+constexpr int R = 2;  // rows that share one pass over the hidden states
 
 template <typename T>
 std::pair<Floats, Floats> load_pair(const T* from) {
@@ -37,30 +38,40 @@ void prefetch(const T* row) {
     __builtin_prefetch(reinterpret_cast<const char*>(row) + byte);
 }
 
-// out[b] = row · x[b]; `next` is the row to come.
+// out[r * B + b] = rows[r] · x[b]; `next` are the rows to come.
 template <typename T, int B>
-void dots(const T* row, const T* next, const float* x, int64_t hidden, float* out) {
-  Floats sums[B][2];
-  for (auto& sum : sums) sum[0] = sum[1] = Floats(0);
+void dots(const T* const* rows, const T* const* next, const float* x, int64_t hidden, float* out) {
+  Floats sums[R][B];
+  for (auto& row : sums)
+    for (auto& sum : row) sum = Floats(0);
   int64_t i = 0;
   for (; i + STEP <= hidden; i += STEP) {
-    prefetch(next + i);
-    auto [low, high] = load_pair(row + i);
+    Floats low[R], high[R];
+    for (int r = 0; r < R; ++r) {
+      prefetch(next[r] + i);
+      std::tie(low[r], high[r]) = load_pair(rows[r] + i);
+    }
     for (int b = 0; b < B; ++b) {
-      sums[b][0] = at::vec::fmadd(low, Floats::loadu(x + b * hidden + i), sums[b][0]);
-      sums[b][1] = at::vec::fmadd(high, Floats::loadu(x + b * hidden + i + Floats::size()), sums[b][1]);
+      const auto first = Floats::loadu(x + b * hidden + i), second = Floats::loadu(x + b * hidden + i + Floats::size());
+      for (int r = 0; r < R; ++r) {
+        sums[r][b] = at::vec::fmadd(low[r], first, sums[r][b]);
+        sums[r][b] = at::vec::fmadd(high[r], second, sums[r][b]);
+      }
     }
   }
-  for (int b = 0; b < B; ++b) {
-    float lanes[Floats::size()];
-    (sums[b][0] + sums[b][1]).store(lanes);
-    out[b] = std::accumulate(lanes, lanes + Floats::size(), 0.f);
-    for (int64_t j = i; j < hidden; ++j) out[b] += float(row[j]) * x[b * hidden + j];
+  for (int r = 0; r < R; ++r) {
+    for (int b = 0; b < B; ++b) {
+      float lanes[Floats::size()];
+      sums[r][b].store(lanes);
+      float total = std::accumulate(lanes, lanes + Floats::size(), 0.f);
+      for (int64_t j = i; j < hidden; ++j) total += float(rows[r][j]) * x[b * hidden + j];
+      out[r * B + b] = total;
+    }
   }
 }
 
 template <typename T>
-using Dots = void (*)(const T*, const T*, const float*, int64_t, float*);
+using Dots = void (*)(const T* const*, const T* const*, const float*, int64_t, float*);
 
 template <typename T>
 Dots<T> dots_for(int64_t batch) {
@@ -69,21 +80,38 @@ Dots<T> dots_for(int64_t batch) {
   return all[batch - 1];
 }
 
+// done(n, sums) for every n-th of `list`, sums[b] being that row of weight [., width] times x[b]; R rows at a time.
+template <typename T, typename F>
+void multiply(const std::vector<int64_t>& list, const T* weight, const std::vector<float>& x, int64_t width, F done) {
+  const int64_t batch = x.size() / width, count = list.size();
+  const auto dot = dots_for<T>(batch);
+  at::parallel_for(0, (count + R - 1) / R, 8, [&](int64_t from, int64_t until) {
+    const auto row = [&](int64_t a) { return weight + list[std::min(a, count - 1)] * width; };
+    float sums[R * 8];
+    for (int64_t a = from * R; a < std::min(until * R, count); a += R) {
+      const T *now[R], *next[R];
+      for (int r = 0; r < R; ++r) now[r] = row(a + r), next[r] = row(a + R + r);
+      dot(now, next, x.data(), width, sums);
+      for (int r = 0; r < R && a + r < count; ++r) done(list[a + r], sums + r * batch);
+    }
+  });
+}
+
 // sums[b] += Σ_r factors[r][b] · rows[r], each over `columns`; `next` are the rows to come.
-template <typename T, int R>
+template <typename T, int N>
 void add_rows(const T* const* rows, const T* const* next, const float* factors, int64_t batch, int64_t columns,
               float* sums) {
   int64_t i = 0;
   for (; i + STEP <= columns; i += STEP) {
-    Floats low[R], high[R];
-    for (int r = 0; r < R; ++r) {
+    Floats low[N], high[N];
+    for (int r = 0; r < N; ++r) {
       prefetch(next[r] + i);
       std::tie(low[r], high[r]) = load_pair(rows[r] + i);
     }
     for (int64_t b = 0; b < batch; ++b) {
       float* at = sums + b * columns + i;
       Floats first = Floats::loadu(at), second = Floats::loadu(at + Floats::size());
-      for (int r = 0; r < R; ++r) {
+      for (int r = 0; r < N; ++r) {
         first = at::vec::fmadd(low[r], Floats(factors[r * batch + b]), first);
         second = at::vec::fmadd(high[r], Floats(factors[r * batch + b]), second);
       }
@@ -93,7 +121,7 @@ void add_rows(const T* const* rows, const T* const* next, const float* factors, 
   }
   for (; i < columns; ++i)
     for (int64_t b = 0; b < batch; ++b)
-      for (int r = 0; r < R; ++r) sums[b * columns + i] += factors[r * batch + b] * float(rows[r][i]);
+      for (int r = 0; r < N; ++r) sums[b * columns + i] += factors[r * batch + b] * float(rows[r][i]);
 }
 
 template <typename T>
@@ -140,13 +168,10 @@ at::Tensor dense(const at::Tensor& hidden, const at::Tensor& weight, const std::
       const auto* w = weight.const_data_ptr<scalar_t>();
       const auto* add = data_of<scalar_t>(bias);
       auto* to = out.mutable_data_ptr<scalar_t>();
-      const auto multiply = dots_for<scalar_t>(batch);
-      at::parallel_for(0, neurons, 16, [&](int64_t from, int64_t until) {
-        float sums[8];
-        for (int64_t n = from; n < until; ++n) {
-          multiply(w + n * width, w + std::min(n + 1, neurons - 1) * width, x.data(), width, sums);
-          for (int64_t b = 0; b < batch; ++b) to[b * neurons + n] = sums[b] + (add ? float(add[n]) : 0.f);
-        }
+      std::vector<int64_t> all(neurons);
+      std::iota(all.begin(), all.end(), 0);
+      multiply(all, w, x, width, [&](int64_t n, const float* sums) {
+        for (int64_t b = 0; b < batch; ++b) to[b * neurons + n] = sums[b] + (add ? float(add[n]) : 0.f);
       });
   });
   return out;
@@ -169,17 +194,11 @@ at::Tensor sparse_up(const at::Tensor& gate, const at::Tensor& hidden, const at:
         return cut ? float(scores[i]) >= least : !(float(scores[i]) <= 0.f);  // ReLU lets NaN through
       };
       const auto active = any_active(batch, neurons, passes);
-      const auto multiply = dots_for<scalar_t>(batch);
-      at::parallel_for(0, active.size(), 4, [&](int64_t from, int64_t until) {
-        float sums[8];
-        for (int64_t a = from; a < until; ++a) {
-          const int64_t n = active[a], next = active[std::min<int64_t>(a + 1, active.size() - 1)];
-          multiply(w + n * width, w + next * width, x.data(), width, sums);
-          for (int64_t b = 0; b < batch; ++b) {
-            const int64_t i = b * neurons + n;
-            const float up = sums[b] + (add ? float(add[n]) : 0.f);
-            if (passes(i)) to[i] = float(scores[i]) * (relu_up && up <= 0.f ? 0.f : up);
-          }
+      multiply(active, w, x, width, [&](int64_t n, const float* sums) {
+        for (int64_t b = 0; b < batch; ++b) {
+          const int64_t i = b * neurons + n;
+          const float up = sums[b] + (add ? float(add[n]) : 0.f);
+          if (passes(i)) to[i] = float(scores[i]) * (relu_up && up <= 0.f ? 0.f : up);
         }
       });
   });
@@ -188,7 +207,7 @@ at::Tensor sparse_up(const at::Tensor& gate, const at::Tensor& hidden, const at:
 
 // x1 [batch, neurons] times rows [neurons, hidden], plus bias [hidden].
 at::Tensor sparse_down(const at::Tensor& x1, const at::Tensor& rows, const std::optional<at::Tensor>& bias) {
-  constexpr int R = 4;  // rows that share one pass over the sums
+  constexpr int N = 4;  // rows that share one pass over the sums
   const int64_t batch = x1.size(0), neurons = rows.size(0), width = rows.size(1);
   auto out = at::empty({batch, width}, x1.options());
   by_type(x1, [&](auto zero) {
@@ -208,10 +227,10 @@ at::Tensor sparse_down(const at::Tensor& x1, const at::Tensor& rows, const std::
         std::vector<float> sums(batch * columns, 0.f);
         const auto row = [&](int64_t a) { return w + active[std::min(a, count - 1)] * width + start; };
         int64_t a = 0;
-        for (; a + R <= count; a += R) {
-          const scalar_t *now[R], *next[R];
-          for (int r = 0; r < R; ++r) now[r] = row(a + r), next[r] = row(a + R + r);
-          add_rows<scalar_t, R>(now, next, &factors[a * batch], batch, columns, sums.data());
+        for (; a + N <= count; a += N) {
+          const scalar_t *now[N], *next[N];
+          for (int r = 0; r < N; ++r) now[r] = row(a + r), next[r] = row(a + N + r);
+          add_rows<scalar_t, N>(now, next, &factors[a * batch], batch, columns, sums.data());
         }
         for (; a < count; ++a) {
           const scalar_t *now = row(a), *next = row(a + 1);

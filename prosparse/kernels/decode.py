@@ -94,11 +94,11 @@ def _cuts(activation: str, threshold: float) -> bool:
 
 
 def dense(hidden: Tensor, weight: Tensor, bias: Tensor | None, implementation: Implementation) -> Tensor:
-    """hidden @ weight.T + bias, [batch, neurons]: F.linear, or for one token on a CPU what is faster there.
+    """hidden @ weight.T + bias, [batch, neurons]: F.linear, or for one or two tokens on a CPU what is faster there.
 
     hidden: [batch, hidden]; weight: [neurons, hidden]; bias: [neurons] or None.
     """
-    if implementation is Implementation.cpp and len(hidden) == 1 and weight.is_contiguous():
+    if implementation is Implementation.cpp and len(hidden) <= 2 and weight.is_contiguous():
         return _compiled().dense(hidden.contiguous(), weight, bias)
     return F.linear(hidden, weight, bias)
 
