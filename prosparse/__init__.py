@@ -17,6 +17,8 @@ _HOMES = {
     "sparsity_by_layer": "prosparse.penalty",
     "load_model": "prosparse.models.load",
     "load_tokenizer": "prosparse.models.load",
+    "enable_sparse_decoding": "prosparse.decoding",
+    "disable_sparse_decoding": "prosparse.decoding",
     "fold_minicpm": "prosparse.models.folding",
     "prepare": "prosparse.data",
     "text_rows": "prosparse.data",

@@ -61,6 +61,15 @@ class Auto(StrEnum):
     none = "none"
 
 
+class Implementation(StrEnum):
+    """Of the operators that decode."""
+
+    auto = "auto"  # triton on a GPU, cpp on a CPU that has a compiler, else eager
+    triton = "triton"
+    cpp = "cpp"
+    eager = "eager"
+
+
 class Template(StrEnum):
     auto = "auto"
     chatml = "chatml"

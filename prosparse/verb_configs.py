@@ -138,6 +138,7 @@ class Generate(Opens):
     max_new_tokens: int = 256
     temperature: float = 0.0  # 0: always the likeliest token
     top_p: float = 1.0
+    sparse_decoding: Auto = Auto.auto  # auto: leave out neurons that are cut, if the model has such
     chat: Auto = Auto.auto  # auto: the tokenizer's chat template if it has one
     seed: int = 0
     out: str | None = None  # folder for result.json

@@ -211,9 +211,16 @@ def run_generate(config: Generate) -> dict:
         raise ValueError("prompt is missing, and stdin is no terminal to type one at: give prompt=TEXT")
     out = _claim(config.out)
     model, tokenizer = _open(config)
+    decoding = None
+    if config.sparse_decoding is Auto.auto:
+        try:
+            decoding = str(model.enable_sparse_decoding())
+        except ValueError as error:
+            _say(f"every neuron is computed: {error}")
     torch.manual_seed(config.seed)
     turns = converse(config, model, tokenizer)
-    asked = {key: getattr(config, key) for key in ("checkpoint", "system", "chat", "temperature", "top_p", "seed")}
+    asked: dict = {"sparse_decoding": decoding}
+    asked |= {key: getattr(config, key) for key in ("checkpoint", "system", "chat", "temperature", "top_p", "seed")}
     result = ({"turns": turns} if config.prompt is None else turns[0]) | asked | _conditions(config, model)
     if out is not None:
         _write_result(out, result)

@@ -9,14 +9,14 @@ from conftest import ROOT
 FLOORS = [
     {"activations", "config", "verb_configs", "checks", "signals", "group"},
     {"schedule", "penalty", "kernels", "shards", "guard", "controller", "checkpoint"},
-    {"ffn", "chat", "sources"},
+    {"ffn", "decoding", "chat", "sources"},
     {"models", "data"},
     {"sparsity", "activity"},
     {"allocation", "threshold", "predictor", "vllm_plugin", "distillation", "telemetry", "generation"},
     {"records", "card", "page", "plotting", "reporting"},
     {"exporters", "evaluation", "harness"},
     {"speed", "engine"},
-    {"run", "tasks", "ending", "trainer"},
+    {"run", "tasks", "ending", "trainer", "benchmarking", "decoding_benchmark"},
     {"verbs"},
     {"cli"},
 ]

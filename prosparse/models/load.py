@@ -8,6 +8,7 @@ import importlib.util
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from transformers.utils import logging
 
 import prosparse.models  # registers the sparse classes
 from prosparse import checkpoint, shards
+from prosparse.decoding import enable_sparse_decoding
 from prosparse.ffn import activation_key, substitute
 
 PACKAGE = "package://"
@@ -51,6 +53,7 @@ def load_model(
     `zero3` is a DeepSpeed config: weights of a Hub name or folder then go straight into this rank's partitions, on
     DeepSpeed's device. GGUF files and checkpoints are loaded whole. Raises ValueError that names the source if it does
     not exist, cannot be read, is damaged, or lacks weights.
+    The model has `enable_sparse_decoding(...)` of prosparse.decoding as a method.
     """
     place = locate(source)
     model: Any
@@ -95,7 +98,9 @@ def load_model(
         ValueError
     ):  # sampling values without do_sample, as in the Llama 2 release: save_pretrained would refuse them
         model.generation_config.do_sample = True
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    model.enable_sparse_decoding = partial(enable_sparse_decoding, model)
+    return model
 
 
 def load_config(

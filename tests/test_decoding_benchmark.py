@@ -1,0 +1,73 @@
+"""`what=decode` gives every figure that it promises, for small shapes and for a model, and refuses wrong outputs."""
+
+import pytest
+import torch
+from conftest import make_tiny, tiny_llama
+
+from prosparse import decoding_benchmark
+from prosparse.benchmarking import in_turns, ratio
+from prosparse.config import Dtype
+from prosparse.decoding_benchmark import OPERATORS, DecodeBench, break_even_of, decode, random_llama
+from prosparse.sparsity import measure
+
+SMALL = {"hidden": 64, "neurons": 200, "rounds": 2, "device": "cpu", "tokens": 4}
+
+
+@pytest.fixture(autouse=True)
+def few_copies(monkeypatch):
+    monkeypatch.setattr(decoding_benchmark, "COPIED", 0)
+
+
+@pytest.mark.parametrize("dtype", list(Dtype))
+def test_operators_a_model_and_a_picture(tmp_path, dtype):
+    config = DecodeBench(**SMALL, sparsities=[0.0, 0.9], batches=[1, 3], layers=2, dtype=dtype, out=str(tmp_path))
+    result = decode(config)
+    assert [(row["batch"], row["sparsity"]) for row in result["operators"]] == [(1, 0), (1, 0.9), (3, 0), (3, 0.9)]
+    for row in result["operators"]:
+        assert row["measured_sparsity"] == pytest.approx(row["sparsity"], abs=0.02)
+        assert row["skipped"] <= row["measured_sparsity"] + 1e-6
+        ways = {"ours", "eager", "dense_float32", *(["dense_bfloat16"] if dtype is Dtype.bf16 else [])}
+        for name in OPERATORS:
+            assert set(row[name]["microseconds"]) == ways and row[name]["rival"].startswith("dense")
+            assert row[name]["speedup"]["low"] <= row[name]["speedup"]["median"] <= row[name]["speedup"]["high"]
+        assert row["copy_bytes_per_second"] > 0 and row["dense_share_of_copy"] > 0
+    assert set(result["break_even"]) == {"1", "3"} and (tmp_path / "decode.png").stat().st_size > 10_000
+    model = result["model"]
+    assert model["sparsity"] == pytest.approx(0.9, abs=0.07) and model["sparse_layers"] == [True, True]
+    assert all(len(model["ffn_microseconds_by_layer"][way]) == 2 for way in ("dense", "sparse"))
+    assert model["tokens_per_second"].keys() == {"dense", "sparse"} and model["speedup"]["median"] > 0
+
+
+def test_a_checkpoint_is_measured_on_the_tokens_that_it_generates(tmp_path):
+    tiny = make_tiny(tmp_path, tiny_llama(hidden_act="relu"))
+    result = decode(DecodeBench(**SMALL, checkpoint=str(tiny["model"]), dtype=Dtype.fp32))["model"]
+    assert result["same_greedy_tokens"] and result["logit_error"] < 1e-4 and len(result["sparsity_by_layer"]) == 3
+    assert 0.3 < result["sparsity"] < 0.7
+
+
+@pytest.mark.parametrize("operator", ["sparse_up", "sparse_down", "dense"])
+def test_a_wrong_output_is_not_timed(monkeypatch, operator):
+    right = getattr(decoding_benchmark, operator)
+    monkeypatch.setattr(decoding_benchmark, operator, lambda *given, **named: right(*given, **named) * 1.1)
+    with pytest.raises(RuntimeError, match=r"is off by .* of the largest value: nothing is timed"):
+        decode(DecodeBench(**SMALL, sparsities=[0.5], batches=[1]))
+
+
+def test_a_random_llama_has_the_sparsity_asked_for():
+    model = random_llama(64, 256, 3, 0.89, torch.float32, torch.device("cpu"))
+    rows = [torch.arange(i, i + 32).numpy() for i in range(4)]
+    assert measure(model, rows).sparsity == pytest.approx(0.89, abs=0.05)
+
+
+def test_break_even_lies_where_the_line_crosses_one():
+    assert break_even_of([(0.0, 1.2), (0.5, 2.0)]) == 0
+    assert break_even_of([(0.5, 2.0), (0.0, 0.5)]) == pytest.approx(1 / 6)
+    assert break_even_of([(0.0, 1.1), (0.5, 0.8), (0.9, 1.2)]) == pytest.approx(0.7)
+    assert break_even_of([(0.0, 0.5), (0.9, 0.9)]) is None
+
+
+def test_arms_take_turns_and_ratios_are_by_round():
+    order = []
+    arms = {name: lambda name=name: order.append(name) or 1.0 for name in "abc"}
+    assert in_turns(arms, 2) == {name: [1.0, 1.0] for name in "abc"} and order == list("abcbca")
+    assert ratio([2.0, 3.0, 8.0], [1.0, 1.0, 2.0]) == {"median": 3.0, "low": 2.0, "high": 4.0}
