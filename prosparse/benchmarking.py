@@ -47,3 +47,44 @@ def ratio(ours: list[float], rival: list[float]) -> dict[str, float]:
     """ours / rival of each round: its median, smallest and largest."""
     ratios = [a / b for a, b in zip(ours, rival, strict=True)]
     return {"median": median(ratios), "low": min(ratios), "high": max(ratios)}
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The result in words."""
+    if result["what"] == Benchmark.train:
+        return _train_lines(result)
+    operators = [
+        f"{row['batch']} x {row['sparsity']:7.2%}  "
+        + "  ".join(f"{name} {_spread(row[name]['speedup'])}" for name in ("up", "down", "both", "ffn"))
+        for row in result.get("operators", [])
+    ]
+    model = result.get("model")
+    if model is not None:
+        way = model["tokens_per_second"]
+        speeds = f"{way['sparse']:.1f} tokens/s sparse, {way['dense']:.1f} dense"
+        operators.append(f"end to end {_spread(model['speedup'])}: {speeds}, sparsity {model['sparsity']:.2%}")
+    return [f"{result['implementation']} against the faster dense way, tokens x sparsity:", *operators]
+
+
+def _train_lines(result: dict[str, Any]) -> list[str]:
+    arms = [
+        f"{name:<6} {arm['step_seconds']:8.3f} s a step  {arm['tokens_per_second']:10,.0f} tokens/s  "
+        f"{arm['memory_bytes'] / 1e9:6.2f} GB"
+        for name, arm in result["arms"].items()
+    ]
+    silu, hooks = result["vs_silu"], result["vs_hooks"]
+    parts = ", ".join(f"{part} {share:.1%}" for part, share in result["arms"]["ours"]["parts"].items())
+    mfu = "not known for this device" if result["mfu"] is None else f"{result['mfu']:.1%}"
+    return [
+        f"{result['batch']}, {result['dtype']}, {result['device']}: {result['arms']['ours']['how']}",
+        f"options of hooks: {result['arms']['hooks']['options']}",
+        *arms,
+        f"vs_silu   step time {_spread(silu['step_time'])}, peak memory {silu['peak_memory']:.2f}",
+        f"vs_hooks  tokens/s {_spread(hooks['tokens_per_second'])}, peak memory {hooks['peak_memory']:.2f}; losses "
+        f"differ by at most {hooks['largest_loss_difference']:.1e}",
+        f"of our step: {parts}; MFU {mfu}",
+    ]
+
+
+def _spread(of: dict[str, float]) -> str:
+    return f"{of['median']:.2f} ({of['low']:.2f} to {of['high']:.2f})"

@@ -29,7 +29,7 @@ from prosparse.config import (
     Tasks,
     Train,
 )
-from prosparse.verb_configs import Eval, Export, Generate, Measure, Predict, Report, ShiftCheckpoint
+from prosparse.verb_configs import Bench, Benchmark, Eval, Export, Generate, Measure, Predict, Report, ShiftCheckpoint
 
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -66,6 +66,8 @@ def validate(config: Any) -> None:
         _validate_tasks(config, "")
         require(config.threads is None or config.threads >= 1, f"threads is {config.threads}: give at least 1, or null")
         _validate_device(config.device)
+    if isinstance(config, Bench):
+        _validate_bench(config)
     if isinstance(config, Report):
         require(len(config.runs) > 0, "runs is empty: give runs=[RUN,...], the run_dir of one or more trainings")
         require(
@@ -304,6 +306,22 @@ def _shipped_with(recipe: Recipe) -> str:
     having = [p.name for p in groups if all(re.search(name, p.read_text(), re.MULTILINE) for name in wanted)]
     choices = " or ".join(f"data={name.removesuffix('.yaml')}" for name in sorted(having))
     return f", choose {choices}" if choices else ""
+
+
+def _validate_bench(config: Bench) -> None:
+    for key, least in (("rounds", 1), ("warmup", 1), ("ranks", 1), ("layers", 0), ("tokens", 3)):
+        value = getattr(config, key)
+        require(value >= least, f"{key} is {value}: give at least {least}")
+    for sparsity in config.sparsities:
+        require(0 <= sparsity < 1, f"sparsities has {sparsity}: give shares from 0 to below 1")
+    for batch in config.batches:
+        require(1 <= batch <= 8, f"batches has {batch}: sparse decoding takes 1 to 8 tokens")
+    require(len(config.sparsities) * len(config.batches) > 0, "sparsities or batches is empty: give at least one")
+    missing = [key for key, value in vars(config.model.shape).items() if value is None]
+    require(
+        config.what is Benchmark.decode or not missing,
+        f"model.shape.{', '.join(missing)} is not known: choose a model with a shape, or give the sizes",
+    )
 
 
 def _validate_generate(config: Generate) -> None:

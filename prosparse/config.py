@@ -102,6 +102,7 @@ class Granularity(StrEnum):
 
 
 class FfnMemory(StrEnum):
+    auto = "auto"  # recompute_x1 on a CPU, where it costs next to nothing, save_x1 on a GPU and of experts
     save_x1 = "save_x1"  # gate, up and x1 are kept for backward
     recompute_x1 = "recompute_x1"  # gate and up
     stock = "stock"  # what plain torch keeps: gate, act(gate), up and x1
@@ -115,6 +116,11 @@ class Kernel(StrEnum):
 
 class Loss(StrEnum):
     chunked = "chunked"  # no tensor of the logits' size in fp32
+    stock = "stock"
+
+
+class Norm(StrEnum):
+    fused = "fused"  # an RMSNorm keeps nothing in fp32 for backward
     stock = "stock"
 
 
@@ -358,9 +364,10 @@ class Timeouts:
 class Speed:
     """How a step is computed; none of it changes what is computed by more than rounding."""
 
-    ffn: FfnMemory = FfnMemory.save_x1  # of relu, fatrelu, drelu and silu; others are stock
+    ffn: FfnMemory = FfnMemory.auto  # of relu, fatrelu, drelu and silu; others are stock
     kernel: Kernel = Kernel.auto  # of the FFN
     loss: Loss = Loss.chunked
+    norm: Norm = Norm.fused
     liger: Auto = Auto.auto  # Liger's RMSNorm, RoPE and cross-entropy, on a GPU where liger-kernel is installed
     compile: Compile = Compile.none
     freeze_gc: bool = True  # what lives when training starts is not searched for garbage

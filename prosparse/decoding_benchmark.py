@@ -1,15 +1,13 @@
-"""What sparse decoding gains: the operators over sparsities, and a model end to end.
+"""`prosparse bench what=decode`: the operators over sparsities, and a model end to end.
 
-In: a `DecodeBench` with shapes or a checkpoint. Out: a dict that JSON takes and, with `out`, decode.png.
+In: a `Bench` config with shapes or a checkpoint. Out: a dict that JSON takes, and its plot.
 Everything is compared with what it should be before it is timed: a mismatch is a RuntimeError.
 """
 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
@@ -21,12 +19,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from prosparse.activations import intermediate
 from prosparse.benchmarking import in_turns, ratio
-from prosparse.config import Dtype, Implementation
+from prosparse.config import Implementation
 from prosparse.decoding import disable_sparse_decoding, enable_sparse_decoding, sparse_layers
 from prosparse.ffn import find_ffns, observing, substitute
 from prosparse.kernels.decode import choose, dense, sparse_down, sparse_up
 from prosparse.models.load import load_model, load_tokenizer
-from prosparse.plotting import BLUE, DOTS_PER_INCH, GRAY, GREEN, ORANGE, VERMILION
+from prosparse.plotting import BLUE, GRAY, GREEN, ORANGE, VERMILION
+from prosparse.verb_configs import Bench
 
 OPERATORS = ("up", "down", "both", "ffn")  # up: step 2 of a sparse FFN; down: step 3; ffn: with the dense gate
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # of the largest value
@@ -37,23 +36,7 @@ Weights = Sequence[tuple[Tensor, Tensor, Tensor]]  # gate, up and down of every 
 PROMPT = "def area(radius):"
 
 
-@dataclass
-class DecodeBench:
-    checkpoint: str | None = None  # null: random weights of these shapes
-    hidden: int = 4096
-    neurons: int = 11008
-    layers: int = 0  # more: also generation end to end by a random Llama of so many layers, at the last sparsity
-    sparsities: list[float] = field(default_factory=lambda: [0.0, 0.5, 0.7, 0.8, 0.8932, 0.95, 0.99])
-    batches: list[int] = field(default_factory=lambda: [1, 4, 8])
-    tokens: int = 64  # generated, end to end
-    rounds: int = 8
-    dtype: Dtype = Dtype.bf16
-    device: str = "auto"
-    implementation: Implementation = Implementation.auto
-    out: str | None = None  # folder for decode.png
-
-
-def decode(config: Any, progress: Callable[[int, int], None] | None = None) -> dict:
+def decode(config: Bench, progress: Callable[[int, int], None] | None = None) -> dict:
     """`operators`, by batch and sparsity, and with a checkpoint or layers `model`; seconds are medians over the rounds.
 
     Raises RuntimeError if an output is not what it should be, ValueError for an implementation that cannot run here.
@@ -77,10 +60,6 @@ def decode(config: Any, progress: Callable[[int, int], None] | None = None) -> d
         model = random_llama(*shape, config.sparsities[-1], dtype, device)
         ids = torch.arange(16, device=device)[None]
         result["model"] = {"layers": config.layers} | end_to_end(model, ids, config.tokens, config.rounds, chosen)
-    if config.out is not None:
-        out = Path(config.out).expanduser()
-        out.mkdir(parents=True, exist_ok=True)
-        plot(result).savefig(out / "decode.png", dpi=DOTS_PER_INCH)
     return result
 
 
@@ -438,8 +417,25 @@ def _wait(device: torch.device) -> None:
 # --- plot -------------------------------------------------------------------------------------------------------------
 
 
-def plot(result: dict) -> Figure:
-    """Speedup against sparsity, a panel a batch, a line an operator, with its spread and a mark at the break-even."""
+def draw(result: dict) -> Figure:
+    """Of shapes the speedup against sparsity, of a checkpoint the time of each layer's FFN."""
+    return _draw_operators(result) if "operators" in result else _draw_layers(result["model"])
+
+
+def _draw_layers(model: dict) -> Figure:
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for way, color in (("dense", GRAY), ("sparse", BLUE)):
+        axes.plot(model["ffn_microseconds_by_layer"][way], "o-", color=color, ms=4, lw=1.3, label=way)
+    axes.set(xlabel="layer", ylabel="FFN of one token (µs)", ylim=(0, None))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#E5E5E5", lw=0.7)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _draw_operators(result: dict) -> Figure:
+    """A panel a batch, a line an operator, with its spread and a mark at the break-even."""
     rows = result["operators"]
     batches = list(dict.fromkeys(row["batch"] for row in rows))
     figure = Figure(figsize=(1.5 + 4 * len(batches), 4.8), layout="constrained")

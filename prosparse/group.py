@@ -58,10 +58,6 @@ def start_group(
         raise ValueError("device is cuda, but torch sees no GPU here: set device=cpu or install a CUDA build of torch")
     environment["DS_ACCELERATOR"] = "cuda" if cuda else "cpu"
     torch.manual_seed(seed)
-    if not cuda and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # Keep freed tensors in the process: glibc would hand each back to the kernel and fault it in again next time.
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     device = torch.device("cuda", int(environment["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -75,6 +71,17 @@ def start_group(
     sharing = [other for host, other in gathered((_host(), cores)) if host == _host() and other & cores]
     torch.set_num_threads(threads or max(1, len(cores) // len(sharing)))
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def keep_freed_memory() -> None:
+    """From now on what is freed on a CPU stays in the process (glibc).
+
+    It would be handed back to the kernel and faulted in again, page by page, in every step. To be called when what
+    lives as long as the training has its place, else the holes that loading leaves are too small for what comes.
+    """
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _host() -> str:

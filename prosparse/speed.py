@@ -14,10 +14,12 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
-from prosparse.config import Auto, Checkpointing, Compile, FfnMemory, Kernel, Profile, Speed, Train
+from prosparse.config import Auto, Checkpointing, Compile, FfnMemory, Kernel, Norm, Profile, Speed, Train
 from prosparse.data import Batch, batch
 from prosparse.ffn import FusedFFN, SeparateFFN, sparse_ffns
+from prosparse.group import keep_freed_memory
 from prosparse.kernels import glu
+from prosparse.kernels.norm import fuse
 
 KEPT_BY_SELECTIVE = ("mm", "addmm", "bmm", "_grouped_mm", "_scaled_dot_product")  # beginnings of aten's names
 
@@ -37,6 +39,15 @@ def ffn_kernel(speed: Speed, device: torch.device) -> str | None:
     return str(speed.kernel)
 
 
+def ffn_memory(config: Train, device: torch.device) -> FfnMemory:
+    """What `auto` stands for; under activation checkpointing, which frees x1 anyway, nothing else recomputes it."""
+    chosen = config.speed.ffn
+    if chosen is FfnMemory.auto:
+        chosen = FfnMemory.recompute_x1 if device.type == "cpu" else FfnMemory.save_x1
+    keeps = config.checkpointing is not Checkpointing.none and chosen is FfnMemory.recompute_x1
+    return FfnMemory.save_x1 if keeps else chosen
+
+
 def uses_liger(speed: Speed, device: torch.device) -> bool:
     """Whether Liger's kernels take part."""
     return speed.liger is Auto.auto and device.type == "cuda" and find_spec("liger_kernel") is not None
@@ -51,13 +62,17 @@ def make_ready(model: PreTrainedModel, config: Train, device: torch.device) -> N
 
         own: dict[str, Any] = dict.fromkeys(("swiglu", "geglu", "cross_entropy", "fused_linear_cross_entropy"), False)
         _apply_liger_kernel_to_instance(model, rope=True, rms_norm=True, **own)
+    elif speed.norm is Norm.fused:
+        for module in model.modules():
+            fuse(module)
     ffn_kernel(speed, device)
-    if speed.ffn is FfnMemory.recompute_x1 and config.checkpointing is Checkpointing.none:
+    if ffn_memory(config, device) is FfnMemory.recompute_x1:
         for ffn in sparse_ffns(model):
-            if not isinstance(ffn, SeparateFFN | FusedFFN):
+            if isinstance(ffn, SeparateFFN | FusedFFN):
+                glu.recompute_x1(ffn.down_proj)
+            elif speed.ffn is FfnMemory.recompute_x1:
                 kind = type(model).__name__
-                raise ValueError(f"speed.ffn is recompute_x1, which {kind} cannot: set speed.ffn=save_x1")
-            glu.recompute_x1(ffn.down_proj)
+                raise ValueError(f"speed.ffn is recompute_x1, which {kind} cannot: set speed.ffn=auto")
     if speed.compile is Compile.layers:
         assert config.zero.stage < 3, "checks.py"
         for module in _decoder_layers(model):
@@ -86,8 +101,13 @@ def _decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
     return [layer for stack in lists for layer in stack if len(sparse_ffns(layer)) == 1]
 
 
-def freeze_gc(speed: Speed) -> None:
-    """Take everything that lives now out of the garbage collector's search; `thaw_gc` puts it back."""
+def settle(speed: Speed, device: torch.device) -> None:
+    """To be called after the first step, when what lives as long as the training has its place in memory.
+
+    That is not searched for garbage any more, until `thaw_gc`; on a CPU what the steps free stays in the process.
+    """
+    if device.type == "cpu":
+        keep_freed_memory()
     if speed.freeze_gc:
         gc.collect()
         gc.freeze()
@@ -103,8 +123,9 @@ def described(config: Train, device: torch.device) -> str:
     kernel = ffn_kernel(speed, device)
     liger = "with" if uses_liger(speed, device) else "without"
     compiled = ", layers compiled" if speed.compile is Compile.layers else ""
-    ffn = str(speed.ffn) if kernel is None else f"{speed.ffn} ({kernel})"
-    return f"ffn {ffn}, loss {speed.loss}, {liger} Liger, checkpointing {config.checkpointing}{compiled}"
+    ffn = str(speed.ffn) if kernel is None else f"{ffn_memory(config, device)} ({kernel})"
+    how = f"ffn {ffn}, loss {speed.loss}, norm {speed.norm}, {liger} Liger"
+    return f"{how}, checkpointing {config.checkpointing}{compiled}"
 
 
 class Ahead:

@@ -35,7 +35,7 @@ from prosparse.run import (
 )
 from prosparse.signals import Stopped
 from prosparse.sparsity import measure
-from prosparse.speed import Ahead, Profiler, freeze_gc
+from prosparse.speed import Ahead, Profiler, settle
 from prosparse.tasks import check_stop_rule, evaluate_tasks, judge
 from prosparse.telemetry import (
     Eta,
@@ -110,9 +110,8 @@ def train_stages(run: Run) -> bool:
     width = neurons(run.base_config)
     layers = run.base_config.get_text_config().num_hidden_layers
     context = PenaltyContext(torch.zeros((), device=run.device), new_statistics(layers, run.device))
-    eta, skipped_in_a_row, told_volume = Eta(), 0, False
+    eta, skipped_in_a_row, told_volume, settled = Eta(), 0, False, False
     ahead, profiler = Ahead(config.speed), Profiler(config.profile, run.folder, run.rank)
-    freeze_gc(config.speed)
     if judge(run):  # the end of a stage, whose tasks an earlier start may not have come to
         return True
     while state.step < last:
@@ -175,6 +174,9 @@ def train_stages(run: Run) -> bool:
                     )
                 )
             continue
+        if not settled:
+            settle(config.speed, run.device)
+            settled = True
         state.step, state.tokens, skipped_in_a_row = step, state.tokens + window.tokens, 0
         guard.remember(state.guard, window.loss, config.guard)
         patience(config.timeouts.steady_seconds)

@@ -19,6 +19,8 @@ from statistics import median
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prosparse import benchmarking, schedule
@@ -26,6 +28,7 @@ from prosparse.config import Dtype
 from prosparse.data import Batch
 from prosparse.ffn import sparse_ffns, substitute
 from prosparse.penalty import PenaltyContext, mean_abs_by_layer, new_statistics, sparsity_by_layer
+from prosparse.plotting import BLUE, GRAY, VERMILION
 from prosparse.telemetry import mfu, peak_memory, training_flops
 from prosparse.verb_configs import Bench
 
@@ -87,6 +90,29 @@ def train(config: Bench, progress: Callable[[int, int], None]) -> dict[str, Any]
         },
         "arms": of,
     }
+
+
+def draw(result: dict[str, Any]) -> Figure:
+    """Step times by round and peak memory of the rivals, and the parts of our step."""
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    time_axes, memory_axes, part_axes = figure.subplots(1, 3, width_ratios=(2, 1, 1))
+    colors = dict(zip(ARMS, (BLUE, GRAY, VERMILION), strict=True))
+    for name, arm in result["arms"].items():
+        time_axes.plot(range(1, len(arm["seconds"]) + 1), arm["seconds"], "o-", color=colors[name], ms=4, label=name)
+        memory_axes.bar(name, arm["memory_bytes"] / 1e9, color=colors[name])
+    time_axes.set(xlabel="round", ylabel="step (s)", ylim=(0, None))
+    time_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    time_axes.legend(frameon=False)
+    memory_axes.set(ylabel="peak memory of a rank (GB)")
+    parts = result["arms"]["ours"]["parts"]
+    part_axes.bar(list(parts), [100 * share for share in parts.values()], color=BLUE)
+    part_axes.set(ylabel="share of our step (%)")
+    part_axes.tick_params(axis="x", rotation=30)
+    for axes in (time_axes, memory_axes, part_axes):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#E5E5E5", lw=0.7)
+        axes.set_axisbelow(True)
+    return figure
 
 
 def _memory_ratio(of: dict[str, dict[str, Any]], rival: str) -> float:
@@ -169,13 +195,8 @@ def main(address: str) -> None:
         connection.send(result)
         return connection.recv()
 
-    from prosparse.engine import join_deepspeed
-    from prosparse.group import start_group
-
-    rank, world, device = start_group(config.device, config.threads, config.seed)
-    join_deepspeed(device)
-    run = _hooks if name == "hooks" else _own
-    connection.send(run(config, name, rank, world, device, turn, Path(folder)) | {"memory_bytes": peak_memory(device)})
+    said = _hooks(config, turn, Path(folder)) if name == "hooks" else _own(config, name, turn)
+    connection.send(said)
 
 
 def build(config: Bench, activation: str, device: torch.device) -> LlamaForCausalLM:
@@ -202,13 +223,14 @@ def row(config: Bench, number: int) -> torch.Tensor:
     return torch.randint(vocabulary, (config.recipe.batch.context,), generator=generator)
 
 
-def _own(
-    config: Bench, name: str, rank: int, world: int, device: torch.device, turn: Turn, folder: Path
-) -> dict[str, Any]:
+def _own(config: Bench, name: str, turn: Turn) -> dict[str, Any]:
     """This trainer's step: as trainer.py puts it together."""
-    from prosparse.engine import accumulate, deepspeed_config, set_rate, start_engine
-    from prosparse.speed import described, freeze_gc, make_ready
+    from prosparse.engine import accumulate, deepspeed_config, join_deepspeed, set_rate, start_engine
+    from prosparse.group import start_group
+    from prosparse.speed import described, make_ready, settle
 
+    rank, world, device = start_group(config.device, config.threads, config.seed)
+    join_deepspeed(device)
     model: Any = build(config, "silu", device)
     layers, width = model.config.num_hidden_layers, model.config.intermediate_size
     if name == "ours":
@@ -217,7 +239,6 @@ def _own(
     engine = start_engine(config, model, deepspeed_config(config, world))
     context = PenaltyContext(torch.zeros((), device=device), new_statistics(layers, device))
     factor = config.l1_factor if name == "ours" else 0.0
-    freeze_gc(config.speed)
     size, sequences = config.micro_batch, config.recipe.batch.sequences
 
     def step(number: int) -> dict[str, Any]:
@@ -239,6 +260,8 @@ def _own(
     going, number, result = turn(None), 0, None
     while going:
         result = step(number)
+        if number == 0:
+            settle(config.speed, device)
         number, going = number + 1, turn(result)
     memory = peak_memory(device)
     parts = _shares(engine, step, number, device) if name == "ours" else {}
@@ -253,7 +276,7 @@ def _own(
         "parts": parts,
     }
     speed = 0.0 if result is None else tokens / world / result["seconds"]
-    return said | {"mfu": mfu(model, config.recipe.batch.context, speed, device), "peak_in_turns": memory}
+    return said | {"mfu": mfu(model, config.recipe.batch.context, speed, device), "memory_bytes": memory}
 
 
 def _synchronize(device: torch.device) -> None:
@@ -311,12 +334,17 @@ def _shares(engine: Any, step: Callable[[int], dict[str, Any]], number: int, dev
     return {part: total / whole for part, total in sums.items()} | {"communication": spoken / one}
 
 
-def _hooks(
-    config: Bench, name: str, rank: int, world: int, device: torch.device, turn: Turn, folder: Path
-) -> dict[str, Any]:
+def _hooks(config: Bench, turn: Turn, folder: Path) -> dict[str, Any]:
     """What people write today: Trainer, a DeepSpeed config, hooks that collect x1, a loss with its mean |x1|."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    cuda = config.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    os.environ["DS_ACCELERATOR"] = device.type
+    import deepspeed
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # of one rank's collectives, and a minute to build
+    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // world))
     model, kept = build(config, "relu", device), list[torch.Tensor]()
     for layer in model.model.layers:
         layer.mlp.down_proj.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
@@ -393,7 +421,7 @@ def _hooks(
             return {"input_ids": ids, "labels": ids}
 
     WithL1(model=model, args=arguments, train_dataset=Rows(), callbacks=[Turns()]).train()
-    return {"options": options, "threads": torch.get_num_threads()}
+    return {"options": options, "threads": torch.get_num_threads(), "memory_bytes": peak_memory(device)}
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from prosparse.config import (
     Auto,
     Dtype,
     ExportFormat,
+    Implementation,
     Quantization,
     Shift,
     Tasks,
@@ -38,9 +39,19 @@ class Bench(Train):
     what: Benchmark = MISSING
     out: str = MISSING  # folder for result.json and the plot
     rounds: int = 20  # in each of which every rival has a turn
-    warmup: int = 3  # rounds before those, not counted
-    ranks: int = 1  # what=train: processes of each rival, one GPU each if there are any
-    l1_factor: float = 0.1  # what=train: λ, x mean |x1|
+    # what=train: the step of the experiment's shape, rows and batch
+    warmup: int = 3  # rounds before those
+    ranks: int = 1  # processes of each rival, one GPU each if there are any
+    l1_factor: float = 0.1  # λ, x mean |x1|
+    # what=decode
+    checkpoint: str | None = None  # a model of your own; null: random weights of the shapes below
+    hidden: int = 4096
+    neurons: int = 11008
+    layers: int = 0  # more: also generation end to end by a random Llama of so many layers, at the last sparsity
+    sparsities: list[float] = field(default_factory=lambda: [0.0, 0.5, 0.7, 0.8, 0.95, 0.99, 0.8932])
+    batches: list[int] = field(default_factory=lambda: [1, 4, 8])  # tokens that are decoded together
+    tokens: int = 64  # generated, end to end
+    implementation: Implementation = Implementation.auto
 
 
 @dataclass

@@ -14,6 +14,7 @@ from typing import Any
 
 from prosparse.config import Auto, Dtype, ExportFormat, Train
 from prosparse.verb_configs import (
+    Bench,
     Eval,
     Export,
     Generate,
@@ -284,6 +285,19 @@ def run_report(config: Report) -> dict:
     return result
 
 
+def run_bench(config: Bench) -> dict:
+    import torch
+
+    from prosparse.benchmarking import bench, lines
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    _claim(config.out)
+    result = bench(config, _bar(f"bench {config.what}"))
+    print("\n".join([*lines(result), f"\nresult: {config.out}/result.json"]), file=sys.stderr)
+    return result
+
+
 RUN: dict[str, Callable[[Any], dict]] = {
     "train": run_train,
     "prepare": run_prepare,
@@ -294,6 +308,7 @@ RUN: dict[str, Callable[[Any], dict]] = {
     "generate": run_generate,
     "eval": run_eval,
     "report": run_report,
+    "bench": run_bench,
 }
 
 
@@ -301,6 +316,7 @@ def _open(config: Opens, dtype: Dtype | None = None, together: bool = False) -> 
     """(model, tokenizer) of config.checkpoint, on this rank's device; `together`: the verb shares work among ranks."""
     import torch
 
+    from prosparse.group import keep_freed_memory
     from prosparse.models.load import load_model, load_tokenizer
 
     device: Any
@@ -317,6 +333,8 @@ def _open(config: Opens, dtype: Dtype | None = None, together: bool = False) -> 
     trust: dict = {"trust_remote_code": config.trust_remote_code}
     where: dict = {"dtype": _dtype(dtype or config.dtype), "device": device}
     model = load_model(config.checkpoint, **where, trust_pickle=config.trust_pickle, **trust)
+    if str(device) == "cpu":
+        keep_freed_memory()
     return model, load_tokenizer(config.checkpoint, **trust)
 
 

@@ -7,8 +7,9 @@ from conftest import make_tiny, tiny_llama
 from prosparse import decoding_benchmark
 from prosparse.benchmarking import in_turns, ratio
 from prosparse.config import Dtype
-from prosparse.decoding_benchmark import OPERATORS, DecodeBench, break_even_of, decode, random_llama
+from prosparse.decoding_benchmark import OPERATORS, break_even_of, decode, draw, random_llama
 from prosparse.sparsity import measure
+from prosparse.verb_configs import Bench
 
 SMALL = {"hidden": 64, "neurons": 200, "rounds": 2, "device": "cpu", "tokens": 4}
 
@@ -20,7 +21,7 @@ def few_copies(monkeypatch):
 
 @pytest.mark.parametrize("dtype", list(Dtype))
 def test_operators_a_model_and_a_picture(tmp_path, dtype):
-    config = DecodeBench(**SMALL, sparsities=[0.0, 0.9], batches=[1, 3], layers=2, dtype=dtype, out=str(tmp_path))
+    config = Bench(**SMALL, sparsities=[0.0, 0.9], batches=[1, 3], layers=2, dtype=dtype)
     result = decode(config)
     assert [(row["batch"], row["sparsity"]) for row in result["operators"]] == [(1, 0), (1, 0.9), (3, 0), (3, 0.9)]
     for row in result["operators"]:
@@ -31,7 +32,9 @@ def test_operators_a_model_and_a_picture(tmp_path, dtype):
             assert set(row[name]["microseconds"]) == ways and row[name]["rival"].startswith("dense")
             assert row[name]["speedup"]["low"] <= row[name]["speedup"]["median"] <= row[name]["speedup"]["high"]
         assert row["copy_bytes_per_second"] > 0 and row["dense_share_of_copy"] > 0
-    assert set(result["break_even"]) == {"1", "3"} and (tmp_path / "decode.png").stat().st_size > 10_000
+    assert set(result["break_even"]) == {"1", "3"}
+    draw(result).savefig(tmp_path / "decode.png")
+    assert (tmp_path / "decode.png").stat().st_size > 10_000
     model = result["model"]
     assert model["sparsity"] == pytest.approx(0.9, abs=0.07) and model["sparse_layers"] == [True, True]
     assert all(len(model["ffn_microseconds_by_layer"][way]) == 2 for way in ("dense", "sparse"))
@@ -40,7 +43,7 @@ def test_operators_a_model_and_a_picture(tmp_path, dtype):
 
 def test_a_checkpoint_is_measured_on_the_tokens_that_it_generates(tmp_path):
     tiny = make_tiny(tmp_path, tiny_llama(hidden_act="relu"))
-    result = decode(DecodeBench(**SMALL, checkpoint=str(tiny["model"]), dtype=Dtype.fp32))["model"]
+    result = decode(Bench(**SMALL, checkpoint=str(tiny["model"]), dtype=Dtype.fp32))["model"]
     assert result["same_greedy_tokens"] and result["logit_error"] < 1e-4 and len(result["sparsity_by_layer"]) == 3
     assert 0.3 < result["sparsity"] < 0.7
 
@@ -50,7 +53,7 @@ def test_a_wrong_output_is_not_timed(monkeypatch, operator):
     right = getattr(decoding_benchmark, operator)
     monkeypatch.setattr(decoding_benchmark, operator, lambda *given, **named: right(*given, **named) * 1.1)
     with pytest.raises(RuntimeError, match=r"is off by .* of the largest value: nothing is timed"):
-        decode(DecodeBench(**SMALL, sparsities=[0.5], batches=[1]))
+        decode(Bench(**SMALL, sparsities=[0.5], batches=[1]))
 
 
 def test_a_random_llama_has_the_sparsity_asked_for():

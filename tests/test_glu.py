@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import tiny_llama
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from prosparse.activations import intermediate
 from prosparse.ffn import set_penalty, sparse_ffns, substitute
@@ -121,6 +122,29 @@ def saved_bytes(model, ids, told, kernel):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(ids).logits.sum().backward()
     return sum(size for size, _ in kept.values())
+
+
+def x1_lives(model, ids):
+    """Whether the memory of each layer's x1 is held after a forward pass whose backward is still to come."""
+    storages = []
+    note = lambda module, inputs: storages.append(StorageWeakRef(inputs[0].untyped_storage()))  # noqa: E731
+    hooks = [ffn.down_proj.register_forward_pre_hook(note) for ffn in sparse_ffns(model)]
+    set_penalty(model, PenaltyContext(torch.tensor(0.1), new_statistics(3)), "eager")
+    loss = model(ids).logits.sum()
+    for hook in hooks:
+        hook.remove()
+    lives = [not storage.expired() for storage in storages]
+    loss.backward()
+    return lives
+
+
+def test_recompute_x1_frees_it_after_the_forward_pass():
+    model, ids = tiny_llama(), torch.arange(60).view(2, 30)
+    substitute(model, "relu")
+    assert x1_lives(model, ids) == [True] * 3
+    for ffn in sparse_ffns(model):
+        recompute_x1(ffn.down_proj)
+    assert x1_lives(model, ids) == [False] * 3
 
 
 def gradients(model, ids, told, kernel):

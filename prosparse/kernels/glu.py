@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from prosparse.activations import intermediate
+from prosparse.activations import ACTIVATIONS, intermediate
 from prosparse.penalty import COUNT, MAGNITUDE, NONZERO, PenaltyContext, row_mask, sum_abs
 
 FUSED = ("silu", "swish", "relu", "fatrelu", "drelu")  # the activations that these kernels know
@@ -81,8 +81,10 @@ def recompute_x1(down: nn.Module) -> None:
         if not hasattr(node, "kernels"):  # no gradient is wanted, or x1 comes from elsewhere
             return forward(x1)
 
+        address, size = x1.data_ptr(), x1.numel()  # not x1: the graph keeps `pack`, which would keep it
+
         def pack(saved: Tensor) -> Any:
-            is_x1 = saved.data_ptr() == x1.data_ptr() and saved.numel() == x1.numel()
+            is_x1 = saved.data_ptr() == address and saved.numel() == size
             return (saved.shape, node) if is_x1 else saved
 
         def unpack(packed: Any) -> Tensor:
@@ -110,23 +112,26 @@ def _backward(
     name: str, param: float, gate: Tensor, up: Tensor, gradient: Tensor, scale: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(gradient of gate, of up, fp32 [2, rows]: Σ|x1| and non-zeros); `gradient` is that of x1, [..., neurons]."""
-    x1 = intermediate(name, param, gate, up)
+    kept = ACTIVATIONS["relu" if name == "drelu" and param == 0 else name](gate, param)
+    d_kept, cut = up, torch.ops.aten.threshold_backward
+    if name == "drelu":
+        d_kept = F.relu(up)
+    x1 = kept * d_kept
     counted = x1 if mask is None else x1 * mask.unsqueeze(-1)
     sign = counted.sign()
     sums = torch.stack([sum_abs(part).flatten() for part in (counted, sign)])
     gradient = torch.addcmul(gradient, scale.to(gradient.dtype), sign)
-    if name in ("silu", "swish"):
-        kept = F.silu(gate)
-        return torch.ops.aten.silu_backward(gradient * up, gate), gradient * kept, sums
-    cut = torch.ops.aten.threshold_backward
+    d_up = gradient * kept
     if name == "drelu":
-        d_up, up = cut(gradient, up, 0), F.relu(up)
+        d_up = cut(d_up, up, 0)
+    d_gate = gradient.mul_(d_kept)
+    if name in ("silu", "swish"):
+        d_gate = torch.ops.aten.silu_backward(d_gate, gate)
+    elif name == "relu" or (param == 0 and name == "drelu"):
+        d_gate = cut(d_gate, gate, 0)
     else:
-        d_up = gradient
-    if param > 0 or name == "fatrelu":
-        kept = gate >= param
-        return (gradient * up).mul_(kept), (d_up * gate).mul_(kept), sums
-    return cut(gradient * up, gate, 0), d_up * F.relu(gate), sums
+        d_gate = d_gate.mul_(gate >= param)
+    return d_gate, d_up, sums
 
 
 # --- Triton: a program a row, so that a row's sums need no atomics and are the same in every run ---------------------

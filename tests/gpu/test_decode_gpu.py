@@ -8,10 +8,11 @@ if not torch.cuda.is_available():
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prosparse.config import Dtype, Implementation
+from prosparse.config import Implementation
 from prosparse.decoding import enable_sparse_decoding
-from prosparse.decoding_benchmark import DecodeBench, decode
+from prosparse.decoding_benchmark import decode
 from prosparse.kernels.decode import sparse_down, sparse_up
+from prosparse.verb_configs import Bench
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -48,5 +49,5 @@ def test_a_model_decodes_the_same_tokens():
 
 
 def test_the_operators_of_a_7b_model_are_three_times_as_fast_as_dense():
-    result = decode(DecodeBench(sparsities=[0.8932], batches=[1], rounds=5, dtype=Dtype.bf16))
+    result = decode(Bench(sparsities=[0.8932], batches=[1], rounds=5))
     assert result["operators"][0]["both"]["speedup"]["median"] >= 3, result
