@@ -276,7 +276,7 @@ def substitute(model: PreTrainedModel, activation: str, param: float = 0.0) -> S
 def set_penalty(model: nn.Module, context: PenaltyContext | None, kernel: str | None = None) -> None:
     """Hand every SparseFFN the context of the micro-batches to come, as layer 0, 1, ...; None takes it away.
 
-    kernel: a key of `kernels.glu.KERNELS`, which then computes x1 and its penalty in one where it knows the activation.
+    kernel: eager or triton of kernels/glu.py, which computes x1 and its penalty in one where it knows the activation.
     """
     for layer, ffn in enumerate(sparse_ffns(model)):
         ffn.penalty = ffn.fused = None

@@ -4,6 +4,7 @@ In: a model, the `speed` and `checkpointing` keys, a device. Out: the model, mad
 """
 
 import gc
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
@@ -25,13 +26,14 @@ KEPT_BY_SELECTIVE = ("mm", "addmm", "bmm", "_grouped_mm", "_scaled_dot_product")
 
 
 def ffn_kernel(speed: Speed, device: torch.device) -> str | None:
-    """The key of glu.KERNELS that trains the FFNs; None: stock.
+    """Which of glu.py's kernels trains the FFNs, eager or triton; None: stock.
 
     ValueError if Triton is asked for where it does not run.
     """
     if speed.ffn is FfnMemory.stock:
         return None
-    compiles = glu.triton is not None and (device.type == "cuda" or glu.triton.knobs.runtime.interpret)
+    interprets = os.environ.get("TRITON_INTERPRET") == "1"
+    compiles = find_spec("triton") is not None and (device.type == "cuda" or interprets)
     if speed.kernel is Kernel.triton and not compiles:
         raise ValueError("speed.kernel is triton, which needs a GPU and the package triton: set speed.kernel=auto")
     if speed.kernel is Kernel.auto:

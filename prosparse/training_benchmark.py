@@ -7,6 +7,7 @@ with DeepSpeed, ReLU, and the L1 term from forward hooks.
 """
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -43,7 +44,7 @@ Turn = Callable[[dict[str, Any] | None], bool]  # tells a result, waits; False: 
 def train(config: Bench, progress: Callable[[int, int], None]) -> dict[str, Any]:
     """Every rival's steps, in turns. RuntimeError if ours and `hooks` do not compute the same."""
     with tempfile.TemporaryDirectory(prefix="prosparse-bench-") as scratch:
-        arms = {name: _Arm(name, config, Path(scratch) / name) for name in ARMS}
+        arms = {name: Arm(name, config, Path(scratch) / name) for name in ARMS}
         try:
             for arm in arms.values():
                 arm.wait()
@@ -119,25 +120,28 @@ def _memory_ratio(of: dict[str, dict[str, Any]], rival: str) -> float:
     return of["ours"]["memory_bytes"] / of[rival]["memory_bytes"]
 
 
-def _differences(arms: "dict[str, _Arm]", key: str) -> list[float]:
+def _differences(arms: "dict[str, Arm]", key: str) -> list[float]:
     return [abs(a[key] / b[key] - 1) for a, b in zip(arms["ours"].rows, arms["hooks"].rows, strict=True)]
 
 
-def _compare(arms: "dict[str, _Arm]") -> None:
+def _compare(arms: "dict[str, Arm]") -> None:
     for key in ("loss", "l1"):
         far = max(_differences(arms, key))
         if not far <= LOSS_NOISE:
             raise RuntimeError(f"ours and hooks do not compute the same: their {key} differs by {far:.2%}")
 
 
-class _Arm:
+class Arm:
     """A rival's processes, from the outside."""
 
     def __init__(self, name: str, config: Bench, folder: Path):
         self.name, self.rows = name, list[dict[str, Any]]()
         folder.mkdir()
         with Listener(str(folder / "socket"), family="AF_UNIX") as listener:
-            self.processes = [_spawn(name, rank, config, folder) for rank in range(config.ranks)]
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            self.processes = [_spawn(rank, port, config, folder) for rank in range(config.ranks)]
             accepted = [self._accept(listener) for _ in self.processes]
         for connection in accepted:
             connection.send((name, config, str(folder)))
@@ -175,8 +179,7 @@ class _Arm:
             process.wait()
 
 
-def _spawn(name: str, rank: int, config: Bench, folder: Path) -> "subprocess.Popen[bytes]":
-    port = 20000 + (os.getpid() * len(ARMS) + ARMS.index(name)) % 40000
+def _spawn(rank: int, port: int, config: Bench, folder: Path) -> "subprocess.Popen[bytes]":
     world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": config.ranks, "LOCAL_WORLD_SIZE": config.ranks}
     own = {key: str(value) for key, value in (world | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}).items()}
     own |= {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if config.device != "cpu" else {}
