@@ -72,16 +72,19 @@ def _train_lines(result: dict[str, Any]) -> list[str]:
         f"{arm['memory_bytes'] / 1e9:6.2f} GB"
         for name, arm in result["arms"].items()
     ]
-    silu, hooks = result["vs_silu"], result["vs_hooks"]
+    against = [
+        f"vs_{name:<8} step time {_spread(vs['step_time'])}, tokens/s {_spread(vs['tokens_per_second'])}, "
+        f"peak memory {vs['peak_memory']:.2f}"
+        for name in result["arms"]
+        if (vs := result.get(f"vs_{name}"))
+    ]
     parts = ", ".join(f"{part} {share:.1%}" for part, share in result["arms"]["ours"]["parts"].items())
     mfu = "not known for this device" if result["mfu"] is None else f"{result['mfu']:.1%}"
     return [
         f"{result['batch']}, {result['dtype']}, {result['device']}: {result['arms']['ours']['how']}",
-        f"options of hooks: {result['arms']['hooks']['options']}",
+        *[f"options of hooks: {arm['options']}" for name, arm in result["arms"].items() if name == "hooks"],
         *arms,
-        f"vs_silu   step time {_spread(silu['step_time'])}, peak memory {silu['peak_memory']:.2f}",
-        f"vs_hooks  tokens/s {_spread(hooks['tokens_per_second'])}, peak memory {hooks['peak_memory']:.2f}; losses "
-        f"differ by at most {hooks['largest_loss_difference']:.1e}",
+        *against,
         f"of our step: {parts}; MFU {mfu}",
     ]
 

@@ -312,6 +312,8 @@ def _validate_bench(config: Bench) -> None:
     for key, least in (("rounds", 1), ("warmup", 1), ("ranks", 1), ("layers", 0), ("tokens", 3)):
         value = getattr(config, key)
         require(value >= least, f"{key} is {value}: give at least {least}")
+    for rival in config.rivals:
+        require(rival in ("silu", "control", "hooks"), f"rivals has {rival}: choose of silu, control, hooks")
     for sparsity in config.sparsities:
         require(0 <= sparsity < 1, f"sparsities has {sparsity}: give shares from 0 to below 1")
     for batch in config.batches:

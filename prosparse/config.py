@@ -368,7 +368,7 @@ class Speed:
     kernel: Kernel = Kernel.auto  # of the FFN
     loss: Loss = Loss.chunked
     norm: Norm = Norm.fused
-    liger: Auto = Auto.auto  # Liger's RMSNorm, RoPE and cross-entropy, on a GPU where liger-kernel is installed
+    liger: Auto = Auto.auto  # Liger's RMSNorm and RoPE, on a GPU where liger-kernel is installed and knows the family
     compile: Compile = Compile.none
     freeze_gc: bool = True  # what lives when training starts is not searched for garbage
     prefetch: bool = True  # the rows of the next window are read while this one is computed

@@ -401,7 +401,11 @@ class Batch:
     position_ids: Tensor | None = None  # int64 [sequences, context], 0 where a document begins; None: rows are whole
 
     def to(self, device: torch.device | str) -> "Batch":
-        return Batch(*(None if part is None else part.to(device) for part in vars(self).values()))  # type: ignore[arg-type]
+        if torch.device(device).type != "cuda":
+            return Batch(*(None if part is None else part.to(device) for part in vars(self).values()))  # type: ignore[arg-type]
+        parts = {id(part): part for part in vars(self).values() if part is not None}  # text has its ids as labels, too
+        moved = {key: part.pin_memory().to(device, non_blocking=True) for key, part in parts.items()}
+        return Batch(*(moved.get(id(part)) for part in vars(self).values()))  # type: ignore[arg-type]
 
     def inputs(self) -> dict[str, Tensor]:
         """What the model's forward takes: without positions it counts through each row."""

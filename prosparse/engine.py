@@ -23,7 +23,7 @@ from prosparse.guard import watching
 from prosparse.kernels.loss import summed_cross_entropy
 from prosparse.penalty import PenaltyContext
 from prosparse.sparsity import labeled, language_loss
-from prosparse.speed import ffn_kernel, uses_liger
+from prosparse.speed import ffn_kernel
 from prosparse.telemetry import redact
 
 Teaching = tuple[Teacher, Distillation]  # a teacher, and how much a stage follows it
@@ -65,6 +65,8 @@ def accumulate(
 
     model, world, device = engine.module, dist.get_world_size(), context.scale.device
     labels, tokens = summed(torch.tensor([_counts(b) for b in micro_batches], dtype=torch.float64).sum(0)).tolist()
+    if labels == 0:
+        raise shared(ValueError("a window has no labeled token: give its sources more answers, or longer rows"))
     context.scale.fill_(factor * world / tokens)
     context.statistics.zero_()
     loss_sum, kl_sum = torch.zeros(2, dtype=torch.float64, device=device)
@@ -80,8 +82,7 @@ def accumulate(
             hidden: Any = None if teacher is None else teacher.hidden(**data.inputs())
             logits = engine(**data.inputs(), use_cache=False).logits
             if speed.loss is Loss.chunked:
-                liger = uses_liger(speed, device)
-                loss = summed_cross_entropy(logits, data.labels, keep_logits=teacher is not None, liger=liger)
+                loss = summed_cross_entropy(logits, data.labels, keep_logits=teacher is not None)
             else:
                 loss = language_loss(logits, data.labels)
             loss_sum += loss.detach()

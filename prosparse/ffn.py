@@ -114,8 +114,9 @@ class ExpertsFFN(SparseFFN):
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden: [tokens, hidden]; top_k_index, the experts of each token, and top_k_weights: [tokens, visits]."""
-        order = top_k_index.flatten().argsort(stable=True)
-        ends = top_k_index.flatten().bincount(minlength=len(self.down_proj)).cumsum(0, dtype=torch.int32)
+        order = (experts := top_k_index.flatten()).argsort(stable=True)
+        numbers = torch.arange(len(self.down_proj), device=experts.device)  # bincount would wait for a GPU
+        ends = torch.searchsorted(experts[order], numbers, right=True, out_int32=True)
         tokens, visits = order // top_k_index.shape[-1], top_k_index.shape[-1]
         gate, up = by_expert(hidden[tokens], self.gate_up_proj, ends).chunk(2, dim=-1)
         x1 = self.intermediate(gate, up, tokens=tokens, visits=visits)

@@ -41,7 +41,7 @@ from prosparse.group import agree, from_rank_zero, on_any_rank, same_everywhere,
 from prosparse.models.formats import TRAINED_WITH_BOS, released_config
 from prosparse.models.load import load_config, load_model, load_tokenizer
 from prosparse.signals import Stopped, interruptible
-from prosparse.speed import described, make_ready, thaw_gc
+from prosparse.speed import Profiler, described, make_ready, thaw_gc
 from prosparse.telemetry import Metrics, Tracker, header, redact, versions, write_atomically
 
 DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
@@ -83,6 +83,10 @@ class Run:
     metrics: Metrics | None = None  # rank 0 only
     tracker: Tracker | None = None  # rank 0 only
     mixtures: dict[str, Any] = field(default_factory=dict)
+    profiler: Profiler = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.profiler = Profiler(self.config.profile, self.folder, self.rank)
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -182,7 +186,7 @@ def _open_claimed(config: Train, folder: Path, rank: int, world: int, device: to
     from_rank_zero(begin)
     read_back(run)
     run.say(header(config, run.engine.module, substitution, prepared, run.state.step, world, device))
-    run.say(f"speed    {described(config, device)}")
+    run.say(f"speed    {described(config, device, run.base_config.model_type)}")
     return run
 
 
@@ -244,6 +248,9 @@ def _load(run: Run, source: str, ds_config: dict, base: bool) -> Any:
 
 def close(run: Run) -> None:
     """Let go of what outlives the run."""
+    thaw_gc()
+    if (trace := run.profiler.end()) is not None:
+        run.say(f"profile  {trace}: cut by the end of this start")
     run.saver.close()
     checkpoint.release(run.folder, run.lock)
 

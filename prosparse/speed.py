@@ -50,23 +50,28 @@ def ffn_memory(config: Train, device: torch.device) -> FfnMemory:
     return FfnMemory.save_x1 if keeps else chosen
 
 
-def uses_liger(speed: Speed, device: torch.device) -> bool:
-    """Whether Liger's kernels take part."""
-    return speed.liger is Auto.auto and device.type == "cuda" and find_spec("liger_kernel") is not None
+def uses_liger(speed: Speed, device: torch.device, family: str) -> bool:
+    """Whether Liger's kernels take part; family: a config's model_type."""
+    if speed.liger is Auto.none or device.type != "cuda" or find_spec("liger_kernel") is None:
+        return False
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    return family in MODEL_TYPE_TO_APPLY_LIGER_FN
 
 
 def make_ready(model: PreTrainedModel, config: Train, device: torch.device) -> None:
     """Everything about a step that is done to the substituted model once, before the engine takes it."""
     speed = config.speed
     checkpoint_activations(model, config.checkpointing)
-    if uses_liger(speed, device):
+    if uses_liger(speed, device, model.config.model_type):
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
         own: dict[str, Any] = dict.fromkeys(("swiglu", "geglu", "cross_entropy", "fused_linear_cross_entropy"), False)
         _apply_liger_kernel_to_instance(model, rope=True, rms_norm=True, **own)
-    elif speed.norm is Norm.fused:
+    if speed.norm is Norm.fused:  # those that Liger has not replaced
         for module in model.modules():
-            fuse(module)
+            if "forward" not in vars(module):
+                fuse(module)
     ffn_kernel(speed, device)
     if ffn_memory(config, device) is FfnMemory.recompute_x1:
         for ffn in sparse_ffns(model):
@@ -77,6 +82,8 @@ def make_ready(model: PreTrainedModel, config: Train, device: torch.device) -> N
                 raise ValueError(f"speed.ffn is recompute_x1, which {kind} cannot: set speed.ffn=auto")
     if speed.compile is Compile.layers:
         assert config.zero.stage < 3, "checks.py"
+        for ffn in sparse_ffns(model):  # its layer's number would be compiled in, anew for every layer
+            ffn.intermediate = torch.compiler.disable(ffn.intermediate)  # type: ignore[method-assign]
         for module in _decoder_layers(model):
             module.compile()
 
@@ -94,6 +101,7 @@ def checkpoint_activations(model: PreTrainedModel, how: Checkpointing) -> None:
 def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     name = getattr(operator, "__name__", "")
     kept = getattr(operator, "namespace", "") == "aten" and name.startswith(KEPT_BY_SELECTIVE)
+    kept = kept or "flash_attn" in str(operator)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -119,11 +127,11 @@ def thaw_gc() -> None:
     gc.unfreeze()
 
 
-def described(config: Train, device: torch.device) -> str:
-    """How a step is computed, in words."""
+def described(config: Train, device: torch.device, family: str) -> str:
+    """How a step is computed, in words; family: the model's model_type."""
     speed = config.speed
     kernel = ffn_kernel(speed, device)
-    liger = "with" if uses_liger(speed, device) else "without"
+    liger = "with" if uses_liger(speed, device, family) else "without"
     compiled = ", layers compiled" if speed.compile is Compile.layers else ""
     ffn = str(speed.ffn) if kernel is None else f"{ffn_memory(config, device)} ({kernel})"
     how = f"ffn {ffn}, loss {speed.loss}, norm {speed.norm}, {liger} Liger"
@@ -168,7 +176,11 @@ class Profiler:
 
     def after(self, step: int) -> Path | None:
         """The file, if `step` was the last one."""
-        if self._running is None or step < self._last:
+        return self.end() if step >= self._last else None
+
+    def end(self) -> Path | None:
+        """The file of the steps so far, if any are recorded and not yet written."""
+        if self._running is None:
             return None
         self._running.stop()
         self._file.parent.mkdir(exist_ok=True)

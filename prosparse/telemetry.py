@@ -245,10 +245,15 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of a device, None where they are not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
 def mfu(model: PreTrainedModel, context: int, tokens_per_second: float, device: torch.device) -> float | None:
     """Model FLOPs utilization of one device that trains `tokens_per_second`; None where its peak is not known."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    peak = peak_flops(device)
     return None if peak is None else training_flops(model, context) * tokens_per_second / peak
 
 

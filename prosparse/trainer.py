@@ -35,7 +35,7 @@ from prosparse.run import (
 )
 from prosparse.signals import Stopped
 from prosparse.sparsity import measure
-from prosparse.speed import Ahead, Profiler, settle
+from prosparse.speed import Ahead, settle
 from prosparse.tasks import check_stop_rule, evaluate_tasks, judge
 from prosparse.telemetry import (
     Eta,
@@ -111,7 +111,7 @@ def train_stages(run: Run) -> bool:
     layers = run.base_config.get_text_config().num_hidden_layers
     context = PenaltyContext(torch.zeros((), device=run.device), new_statistics(layers, run.device))
     eta, skipped_in_a_row, told_volume, settled = Eta(), 0, False, False
-    ahead, profiler = Ahead(config.speed), Profiler(config.profile, run.folder, run.rank)
+    ahead = Ahead(config.speed)
     if judge(run):  # the end of a stage, whose tasks an earlier start may not have come to
         return True
     while state.step < last:
@@ -143,7 +143,7 @@ def train_stages(run: Run) -> bool:
         next_one = min(step + 1, total)
         following = (run.rows(next_one), share_of(run, *schedule.window_rows(recipe, next_one, state.window + 1)))
         rows = ahead.rows(run.rows(step), numbers, following if step < last else None)
-        profiler.before(step)
+        run.profiler.before(step)
         teaching, goal = run.teaching(span.stage.distillation), None
         factor = controller.factor(state.controller) if chain else schedule.l1_factor_mean(recipe, step, width)
         window = accumulate(run.engine, context, rows, factor, run.poll, teaching, config.speed)
@@ -181,7 +181,7 @@ def train_stages(run: Run) -> bool:
         guard.remember(state.guard, window.loss, config.guard)
         patience(config.timeouts.steady_seconds)
 
-        if (trace := profiler.after(step)) is not None:
+        if (trace := run.profiler.after(step)) is not None:
             run.say(f"profile  {trace}: open it at https://ui.perfetto.dev")
 
         # --- what it was like -----------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """`prosparse bench what=train`: this trainer's step against ordinary training and against the usual way to add L1.
 
-In: a `Bench` config; random weights of the experiment's shape, random rows. Out: seconds, memory, losses of each rival,
+In: a `Bench` config; random weights of the model's shape, random rows. Out: seconds, memory, losses of each rival,
 their ratios, and where our time goes. Each rival is a group of processes of its own that computes when it is its turn:
-`ours`; `silu`, the same trainer with the model's own FFN, no penalty and no statistics; `hooks`, Hugging Face's Trainer
-with DeepSpeed, ReLU, and the L1 term from forward hooks.
+`ours`; `silu`, the same trainer with the model's own stock FFN, no penalty and no statistics; `control`, our FFN with
+SiLU and statistics, as recipe.control=silu_continued; `hooks`, Hugging Face's Trainer with DeepSpeed, ReLU, and the L1
+term from forward hooks.
 """
 
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict
 from multiprocessing.connection import Client, Connection, Listener
@@ -29,12 +31,12 @@ from prosparse.config import Dtype
 from prosparse.data import Batch
 from prosparse.ffn import sparse_ffns, substitute
 from prosparse.penalty import PenaltyContext, mean_abs_by_layer, new_statistics, sparsity_by_layer
-from prosparse.plotting import BLUE, GRAY, VERMILION
-from prosparse.telemetry import mfu, peak_memory, training_flops
+from prosparse.plotting import BLUE, GRAY, GREEN, VERMILION
+from prosparse.telemetry import peak_flops, peak_memory, training_flops
 from prosparse.verb_configs import Bench
 
-ARMS = ("ours", "silu", "hooks")
 LOSS_NOISE = 5e-3  # how far, relatively, the losses of equal mathematics in bf16 may differ; so the L1 terms
+GRADIENT_NOISE = 0.05  # how far the first gradients may lie apart, of a parameter's norm, along a random direction
 SHARE_STEPS = 3
 RATE = 1e-4  # constant: the rivals have to walk the same way, not a good one
 
@@ -43,9 +45,11 @@ Turn = Callable[[dict[str, Any] | None], bool]  # tells a result, waits; False: 
 
 def train(config: Bench, progress: Callable[[int, int], None]) -> dict[str, Any]:
     """Every rival's steps, in turns. RuntimeError if ours and `hooks` do not compute the same."""
+    arms: dict[str, Arm] = {}
     with tempfile.TemporaryDirectory(prefix="prosparse-bench-") as scratch:
-        arms = {name: Arm(name, config, Path(scratch) / name) for name in ARMS}
         try:
+            for name in ("ours", *config.rivals):
+                arms[name] = Arm(name, config, Path(scratch) / name)
             for arm in arms.values():
                 arm.wait()
             turns = {name: arm.turn for name, arm in arms.items()}
@@ -70,34 +74,37 @@ def train(config: Bench, progress: Callable[[int, int], None]) -> dict[str, Any]
         }
         for name, arm in arms.items()
     }
-    ours, vs = of["ours"], {name: benchmarking.ratio(seconds["ours"], seconds[name]) for name in ARMS[1:]}
-    return {
+    ours, speed = of["ours"], tokens / median(seconds["ours"])
+    result = {
         "shape": asdict(config.model.shape),
         "batch": f"{recipe.batch.sequences} x {recipe.batch.context}, micro_batch {config.micro_batch}",
         "parameters": ours["parameters"],
         "flops_a_token": ours["flops_a_token"],
-        "mfu": ours["mfu"],
+        "mfu": None if ours["peak_flops"] is None else ours["flops_a_token"] * speed / ranks / ours["peak_flops"],
         "device": device,
         "ranks": ranks,
         "dtype": str(config.dtype),
         "l1_factor": config.l1_factor,
-        "vs_silu": {"step_time": vs["silu"], "peak_memory": _memory_ratio(of, "silu")},
-        "vs_hooks": {
-            "step_time": vs["hooks"],
-            "tokens_per_second": benchmarking.ratio(seconds["hooks"], seconds["ours"]),
-            "peak_memory": _memory_ratio(of, "hooks"),
-            "largest_loss_difference": max(_differences(arms, "loss")),
-            "largest_l1_difference": max(_differences(arms, "l1")),
-        },
         "arms": of,
     }
+    for name in config.rivals:
+        result[f"vs_{name}"] = {
+            "step_time": benchmarking.ratio(seconds["ours"], seconds[name]),
+            "tokens_per_second": benchmarking.ratio(seconds[name], seconds["ours"]),
+            "peak_memory": ours["memory_bytes"] / of[name]["memory_bytes"],
+        }
+    if "hooks" in arms:
+        far = {"loss": max(_differences(arms, "loss")), "l1": max(_differences(arms, "l1"))}
+        result["vs_hooks"] |= {f"largest_{key}_difference": value for key, value in far.items()}
+        result["vs_hooks"]["largest_gradient_difference"] = max(_gradient_differences(arms).values())
+    return result
 
 
 def draw(result: dict[str, Any]) -> Figure:
     """Step times by round and peak memory of the rivals, and the parts of our step."""
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     time_axes, memory_axes, part_axes = figure.subplots(1, 3, width_ratios=(2, 1, 1))
-    colors = dict(zip(ARMS, (BLUE, GRAY, VERMILION), strict=True))
+    colors = {"ours": BLUE, "silu": GRAY, "control": GREEN, "hooks": VERMILION}
     for name, arm in result["arms"].items():
         time_axes.plot(range(1, len(arm["seconds"]) + 1), arm["seconds"], "o-", color=colors[name], ms=4, label=name)
         memory_axes.bar(name, arm["memory_bytes"] / 1e9, color=colors[name])
@@ -116,15 +123,24 @@ def draw(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def _memory_ratio(of: dict[str, dict[str, Any]], rival: str) -> float:
-    return of["ours"]["memory_bytes"] / of[rival]["memory_bytes"]
-
-
 def _differences(arms: "dict[str, Arm]", key: str) -> list[float]:
     return [abs(a[key] / b[key] - 1) for a, b in zip(arms["ours"].rows, arms["hooks"].rows, strict=True)]
 
 
+def _gradient_differences(arms: "dict[str, Arm]") -> dict[str, float]:
+    """By parameter |p · (g - g')| / |g|: the first gradients of ours and hooks, along a random direction p."""
+    ours, hooks = (dict(arms[name].rows[0]["gradient"]) for name in ("ours", "hooks"))
+    return {name: abs(along - hooks[name][1]) / norm for name, (norm, along) in ours.items() if norm > 0}
+
+
 def _compare(arms: "dict[str, Arm]") -> None:
+    """RuntimeError unless ours and hooks, if it takes part, compute the same so far."""
+    if "hooks" not in arms:
+        return
+    apart = _gradient_differences(arms)
+    worst = max(apart, key=lambda name: apart[name])
+    if not apart[worst] <= GRADIENT_NOISE:
+        raise RuntimeError(f"ours and hooks do not compute the same: the gradient of {worst} is {apart[worst]:.1%} off")
     for key in ("loss", "l1"):
         far = max(_differences(arms, key))
         if not far <= LOSS_NOISE:
@@ -163,7 +179,8 @@ class Arm:
         for connection in self.connections:
             connection.send(True)
         told = [row for row in self.wait() if row is not None]
-        self.rows.append(told[0])
+        mean = {key: sum(row[key] for row in told) / len(told) for key in ("loss", "l1")}  # over ranks, if they differ
+        self.rows.append(told[0] | mean)
         return max(row["seconds"] for row in told)
 
     def end(self) -> dict[str, Any]:
@@ -218,6 +235,19 @@ def build(config: Bench, activation: str, device: torch.device) -> LlamaForCausa
         torch.set_default_dtype(before)
 
 
+def fingerprint(model: torch.nn.Module) -> dict[str, tuple[float, float]]:
+    """By parameter the norm of its gradient and its component along a random direction (all ranks call it)."""
+    from deepspeed.utils import safe_get_full_grad
+
+    found = {}
+    for name, parameter in model.named_parameters():
+        gradient = safe_get_full_grad(parameter).float().flatten()
+        generator = torch.Generator(gradient.device).manual_seed(zlib.crc32(name.encode()))
+        direction = torch.randn(gradient.shape, generator=generator, device=gradient.device)
+        found[name] = (gradient.norm().item(), torch.dot(gradient, direction).item())
+    return found
+
+
 def row(config: Bench, number: int) -> torch.Tensor:
     """Row `number`: random tokens, int64 [context]."""
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
@@ -236,8 +266,8 @@ def _own(config: Bench, name: str, turn: Turn) -> dict[str, Any]:
     join_deepspeed(device)
     model: Any = build(config, "silu", device)
     layers, width = model.config.num_hidden_layers, model.config.intermediate_size
-    if name == "ours":
-        substitute(model, "relu")
+    if name != "silu":
+        substitute(model, "relu" if name == "ours" else "silu")
     make_ready(model, config, device)
     engine = start_engine(config, model, deepspeed_config(config, world))
     context = PenaltyContext(torch.zeros((), device=device), new_statistics(layers, device))
@@ -251,10 +281,12 @@ def _own(config: Bench, name: str, turn: Turn) -> dict[str, Any]:
         _synchronize(device)
         began = time.perf_counter()
         window = accumulate(engine, context, batches, factor, speed=config.speed)
+        gradient = fingerprint(engine.module) if number == 0 else {}
         set_rate(engine, RATE, config.recipe.optimizer.weight_decay)
         engine.step()
         _synchronize(device)
-        result = {"seconds": time.perf_counter() - began, "loss": window.loss, "l1": 0.0, "sparsity": 0.0}
+        result: dict[str, Any] = {"seconds": time.perf_counter() - began, "loss": window.loss, "l1": 0.0}
+        result |= {"gradient": gradient, "sparsity": 0.0}
         if name == "ours":
             result["l1"] = factor * sum(mean_abs_by_layer(window.statistics))
             result["sparsity"] = sum(sparsity_by_layer(window.statistics)) / layers
@@ -268,18 +300,17 @@ def _own(config: Bench, name: str, turn: Turn) -> dict[str, Any]:
         number, going = number + 1, turn(result)
     memory = peak_memory(device)
     parts = _shares(engine, step, number, device) if name == "ours" else {}
-    tokens = config.recipe.batch.sequences * config.recipe.batch.context
-    said = {
+    return {
         "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
-        "how": described(config, device),
+        "how": described(config, device, model.config.model_type),
         "parameters": sum(p.numel() for p in model.parameters()),
         "flops_a_token": training_flops(model, config.recipe.batch.context),
         "neurons": width,
         "parts": parts,
+        "peak_flops": peak_flops(device),
+        "memory_bytes": memory,
     }
-    speed = 0.0 if result is None else tokens / world / result["seconds"]
-    return said | {"mfu": mfu(model, config.recipe.batch.context, speed, device), "memory_bytes": memory}
 
 
 def _synchronize(device: torch.device) -> None:
@@ -332,8 +363,8 @@ def _shares(engine: Any, step: Callable[[int], dict[str, Any]], number: int, dev
     engine.step = stepping
     with torch.profiler.profile(activities=activities) as trace:
         one = step(number + SHARE_STEPS)["seconds"]
-    talk = [e for e in trace.key_averages() if e.key.startswith(("gloo:", "nccl:", "ncclDevKernel"))]
-    spoken = sum(max(event.cpu_time_total, getattr(event, "device_time_total", 0)) for event in talk) / 1e6
+    kind, clock = ("ncclDevKernel", "device_time_total") if device.type == "cuda" else ("gloo:", "cpu_time_total")
+    spoken = sum(getattr(event, clock) for event in trace.key_averages() if event.key.startswith(kind)) / 1e6
     return {part: total / whole for part, total in sums.items()} | {"communication": spoken / one}
 
 
@@ -360,6 +391,7 @@ def _hooks(config: Bench, turn: Turn, folder: Path) -> dict[str, Any]:
             kept.clear()
             loss = model(**inputs, use_cache=False).loss
             l1 = config.l1_factor * torch.stack([x1.abs().mean(dtype=torch.float32) for x1 in kept]).sum()
+            kept.clear()
             for key, value in (("loss", loss), ("l1", l1)):
                 said[key] = said.get(key, 0.0) + value.detach() / accumulation
             return loss + l1
@@ -374,6 +406,16 @@ def _hooks(config: Bench, turn: Turn, folder: Path) -> dict[str, Any]:
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if not self.started:
                 self.started = True
+                engine: Any = trainer.model_wrapped
+                first = engine.step
+
+                def step(*given: Any, **named: Any) -> Any:
+                    if engine.is_gradient_accumulation_boundary() and not said.get("gradient"):
+                        said["gradient"] = fingerprint(engine.module)
+                        engine.step = first
+                    return first(*given, **named)
+
+                engine.step = step
                 control.should_training_stop = not turn(None)
             said.clear()
             _synchronize(device)
@@ -382,7 +424,8 @@ def _hooks(config: Bench, turn: Turn, folder: Path) -> dict[str, Any]:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             _synchronize(device)
             seconds = time.perf_counter() - self.began
-            control.should_training_stop = not turn({"seconds": seconds} | {k: float(v) for k, v in said.items()})
+            numbers = {"seconds": seconds, "loss": float(said["loss"]), "l1": float(said["l1"])}
+            control.should_training_stop = not turn(said | numbers)
 
     steps = config.warmup + config.rounds + 1
     settings = config.recipe.optimizer
@@ -423,7 +466,9 @@ def _hooks(config: Bench, turn: Turn, folder: Path) -> dict[str, Any]:
             ids = row(config, number)
             return {"input_ids": ids, "labels": ids}
 
-    WithL1(model=model, args=arguments, train_dataset=Rows(), callbacks=[Turns()]).train()
+    trainer = WithL1(model=model, args=arguments, train_dataset=Rows(), callbacks=[Turns()])
+    trainer.model_accepts_loss_kwargs = False  # so that Trainer divides our loss by the accumulation
+    trainer.train()
     return {"options": options, "threads": torch.get_num_threads(), "memory_bytes": peak_memory(device)}
 
 

@@ -42,7 +42,8 @@ class Bench(Train):
     # what=train: the step of the experiment's shape, rows and batch
     warmup: int = 3  # rounds before those
     ranks: int = 1  # processes of each rival, one GPU each if there are any
-    l1_factor: float = 0.1  # λ, x mean |x1|
+    rivals: list[str] = field(default_factory=lambda: ["silu", "hooks"])  # of silu, control, hooks; together on a GPU
+    l1_factor: float = 1.0  # λ, x mean |x1|
     # what=decode
     checkpoint: str | None = None  # a model of your own; null: random weights of the shapes below
     hidden: int = 4096

@@ -50,7 +50,9 @@ def test_hydra_and_deepspeed_stay_in_their_rooms():
     for path, room in MODULES.items():
         libraries = {name.split(".")[0] for name in imports(path)}
         assert room == "cli" or not libraries & {"hydra", "omegaconf"}, path
-        assert room in ("run", "engine", "checkpoint", "models", "training_benchmark") or "deepspeed" not in libraries, path
+        assert (
+            room in ("run", "engine", "checkpoint", "models", "training_benchmark") or "deepspeed" not in libraries
+        ), path
 
 
 def test_lm_eval_is_loaded_only_when_tasks_are_run():

@@ -1,5 +1,7 @@
 """The fused RMSNorm: bit-equal outputs, the gradients of the formula, only where a module is one."""
 
+import copy
+
 import pytest
 import torch
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
@@ -42,3 +44,11 @@ def test_what_is_kept_for_backward_is_the_input_and_a_number_a_token():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         module(x)
     assert sum(t.numel() * t.element_size() for t in kept if t is not x and t is not module.weight) <= 8 * 4
+
+
+def test_a_copy_of_a_fused_norm_has_its_own_weight():
+    module, x = LlamaRMSNorm(16), torch.randn(3, 16)
+    fuse(module)
+    twin = copy.deepcopy(module)
+    twin.weight.data.fill_(2.0)
+    assert torch.equal(twin(x), 2 * module(x))

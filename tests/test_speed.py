@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prosparse.cli import compose
 from prosparse.config import Auto, Checkpointing, Compile, FfnMemory, Kernel, Profile, Speed
-from prosparse.ffn import set_penalty, substitute
+from prosparse.ffn import set_penalty, sparse_ffns, substitute
 from prosparse.kernels import loss as loss_kernel
 from prosparse.kernels.loss import summed_cross_entropy
 from prosparse.penalty import PenaltyContext, new_statistics
@@ -76,8 +76,9 @@ def test_auto_takes_what_the_device_can_and_the_header_says_what_that_is():
     assert ffn_kernel(Speed(ffn=FfnMemory.stock), CPU) is None
     assert ffn_memory(config, CPU) is FfnMemory.recompute_x1
     assert ffn_memory(config, torch.device("cuda")) is FfnMemory.save_x1
-    assert not uses_liger(Speed(), CPU) and not uses_liger(Speed(liger=Auto.none), torch.device("cuda"))
-    said = described(config, CPU)
+    assert not uses_liger(Speed(), CPU, "llama")
+    assert not uses_liger(Speed(liger=Auto.none), torch.device("cuda"), "llama")
+    said = described(config, CPU, "llama")
     assert said == "ffn recompute_x1 (eager), loss chunked, norm fused, without Liger, checkpointing none"
     config.checkpointing = Checkpointing.selective
     assert ffn_memory(config, CPU) is FfnMemory.save_x1  # checkpointing frees x1 anyway
@@ -95,7 +96,7 @@ def test_what_cannot_be_is_an_error_that_names_the_key(monkeypatch):
 
 def gradients(model, config, ids):
     make_ready(model, config, CPU)
-    told = PenaltyContext(torch.tensor(0.1), new_statistics(3))
+    told = PenaltyContext(torch.tensor(0.1), new_statistics(len(sparse_ffns(model))))
     set_penalty(model, told, ffn_kernel(config.speed, CPU))
     summed_cross_entropy(model.train()(ids, use_cache=False).logits, ids).backward()
     return [p.grad for p in model.parameters()], told.statistics
@@ -131,7 +132,7 @@ def test_compiled_layers_are_bit_close():
     torch._dynamo.reset()
     ids, found = torch.arange(60).view(2, 30), []
     for compiled in Compile:
-        model = tiny_llama()
+        model = tiny_llama(num_hidden_layers=10)  # more than dynamo compiles one function for
         substitute(model, "relu")
         found.append(gradients(model, train_config(f"speed.compile={compiled}"), ids))
     for ours, theirs in zip(found[1][0], found[0][0], strict=True):
@@ -197,6 +198,10 @@ def test_the_profile_covers_its_steps_and_no_other(tmp_path):
     trace = json.loads(gzip.decompress((tmp_path / "profile" / "rank-0.json.gz").read_bytes()))
     assert sum(event.get("name") == "aten::add" for event in trace["traceEvents"]) == 2
     assert Profiler(Profile(), tmp_path / "none", 0).after(10) is None
+    cut = Profiler(Profile(first=2, steps=2), tmp_path / "cut", 0)
+    (tmp_path / "cut").mkdir()
+    cut.before(2)
+    assert cut.after(2) is None and cut.end().exists() and cut.end() is None
 
 
 def test_settling_freezes_what_lives_and_freeing_the_engine_thaws_it():

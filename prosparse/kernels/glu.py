@@ -5,6 +5,7 @@ pass, from gate and up alone. Eager torch here, the same in Triton in glu_triton
 """
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -76,32 +77,30 @@ def recompute_x1(down: nn.Module) -> None:
     x1 has to come from `gated`. Not for layers under activation checkpointing: what backward needs would stay alive
     from one forward pass to the next. Undone by `keep_x1`.
     """
-    forward = down.forward
+    down.forward = MethodType(_without_x1, down)  # type: ignore[method-assign]  # bound, as in norm.py
 
-    def without_x1(x1: Tensor) -> Tensor:
-        node: Any = x1.grad_fn
-        while type(node).__name__ == "PostBackwardFunctionModuleBackward":  # ZeRO-3's, an identity
-            node = node.next_functions[0][0]
-        if not hasattr(node, "kernels"):  # no gradient is wanted, or x1 comes from elsewhere
-            return forward(x1)
 
-        address, size = x1.data_ptr(), x1.numel()  # not x1: the graph keeps `pack`, which would keep it
+def _without_x1(down: nn.Module, x1: Tensor) -> Tensor:
+    node: Any = x1.grad_fn
+    while type(node).__name__ == "PostBackwardFunctionModuleBackward":  # ZeRO-3's, an identity
+        node = node.next_functions[0][0]
+    if not hasattr(node, "kernels"):  # no gradient is wanted, or x1 comes from elsewhere
+        return type(down).forward(down, x1)
+    address, size = x1.data_ptr(), x1.numel()  # not x1: the graph keeps `pack`, which would keep it
 
-        def pack(saved: Tensor) -> Any:
-            is_x1 = saved.data_ptr() == address and saved.numel() == size
-            return (saved.shape, node) if is_x1 else saved
+    def pack(saved: Tensor) -> Any:
+        is_x1 = saved.data_ptr() == address and saved.numel() == size
+        return (saved.shape, node) if is_x1 else saved
 
-        def unpack(packed: Any) -> Tensor:
-            if isinstance(packed, Tensor):
-                return packed
-            shape, node = packed
-            with torch.no_grad():
-                return node.kernels[0](node.name, node.param, *node.saved_tensors).view(shape)
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        shape, node = packed
+        with torch.no_grad():
+            return node.kernels[0](node.name, node.param, *node.saved_tensors).view(shape)
 
-        with saved_tensors_hooks(pack, unpack):
-            return forward(x1)
-
-    down.forward = without_x1  # type: ignore[method-assign]
+    with saved_tensors_hooks(pack, unpack):
+        return type(down).forward(down, x1)
 
 
 def keep_x1(down: nn.Module) -> None:

@@ -4,6 +4,7 @@ In: gate, up and the gradient of x1, [..., neurons], rows contiguous or halves o
 eager functions.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -81,6 +82,11 @@ def _switches(name: str, param: float) -> dict[str, Any]:
     return {"SILU": name in ("silu", "swish"), "DRELU": drelu, "FAT": name == "fatrelu" or (drelu and param > 0)}
 
 
+def on(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Kernels start on the current GPU, not on that of their tensors, unless they are told."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
 def _rows(tensor: Tensor) -> tuple[Tensor, int]:
     """The tensor with contiguous rows, and the distance between them; a half of a fused projection stays as it is."""
     flat = tensor.reshape(-1, tensor.shape[-1])
@@ -90,8 +96,10 @@ def _rows(tensor: Tensor) -> tuple[Tensor, int]:
 
 def forward(name: str, param: float, gate: Tensor, up: Tensor) -> Tensor:
     x1 = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if not x1.numel():
+        return x1
     (g, g_stride), (u, u_stride), neurons = _rows(gate), _rows(up), gate.shape[-1]
-    if len(g):
+    with on(gate):
         _forward_kernel[(len(g),)](g, u, x1, param, g_stride, u_stride, neurons, **_switches(name, param), BLOCK=BLOCK)
     return x1
 
@@ -102,8 +110,10 @@ def backward(
     (g, g_stride), (u, u_stride), (d, d_stride) = map(_rows, (gate, up, gradient))
     d_gate, d_up = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
     sums = torch.empty(2, len(g), dtype=torch.float32, device=gate.device)
+    if not sums.numel():
+        return d_gate, d_up, sums
     counted = scale if mask is None else mask.flatten().to(torch.float32)
-    if len(g):
+    with on(gate):
         _backward_kernel[(len(g),)](
             g, u, d, scale, counted, d_gate, d_up, sums, param, g_stride, u_stride, d_stride, gate.shape[-1], len(g),
             MASKED=mask is not None, **_switches(name, param), BLOCK=BLOCK,

@@ -8,9 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}  # fp32 probabilities held at a time: a CPU's share of its cache
-# Nodes that do not keep the logits, their output, for backward. Whatever does is told apart by torch's own version
-# counter, which then refuses to go on.
-GIVES_AWAY = ("UnsafeViewBackward0", "ViewBackward0", "MmBackward0", "AddmmBackward0")
+# Nodes that do not keep the logits, their output, for backward; identities of ZeRO-3 lie between. Whatever
+# does keep them is told apart by torch's own version counter, which then refuses to go on.
+GIVES_AWAY = (
+    "UnsafeViewBackward0",
+    "ViewBackward0",
+    "MmBackward0",
+    "AddmmBackward0",
+    "LinearFunctionForZeroStage3Backward",
+)
+IDENTITIES = ("PreBackwardFunctionForModuleBackward", "PostBackwardFunctionModuleBackward")
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -37,17 +44,15 @@ class _CrossEntropy(torch.autograd.Function):
         return gradient.mul_(gradients[0]), None, None
 
 
-def summed_cross_entropy(logits: Tensor, labels: Tensor, keep_logits: bool = False, liger: bool = False) -> Tensor:
+def summed_cross_entropy(logits: Tensor, labels: Tensor, keep_logits: bool = False) -> Tensor:
     """Summed cross-entropy, fp32 0-d: position p of `logits` [batch, context, vocabulary] predicts label p + 1.
 
     As `sparsity.language_loss`; -100 is not counted. Backward runs once. Where the logits come straight from a
-    projection, and unless `keep_logits`, their memory holds the gradient afterwards. liger: by Liger's kernel (a GPU).
+    projection, and unless `keep_logits`, their memory holds the gradient afterwards.
     """
     shifted = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
-    overwrite = not keep_logits and type(logits.grad_fn).__name__ in GIVES_AWAY
-    flat = logits.flatten(0, 1)
-    if liger:
-        from liger_kernel.transformers.functional import liger_cross_entropy
-
-        return liger_cross_entropy(flat if overwrite else flat.clone(), shifted, reduction="sum").float()
-    return _CrossEntropy.apply(flat, shifted, overwrite)
+    node = logits.grad_fn
+    while type(node).__name__ in IDENTITIES:
+        node = node.next_functions[0][0]  # type: ignore[union-attr]
+    overwrite = not keep_logits and type(node).__name__ in GIVES_AWAY
+    return _CrossEntropy.apply(logits.flatten(0, 1), shifted, overwrite)

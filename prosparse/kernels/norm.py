@@ -3,6 +3,8 @@
 In: hidden states, [..., hidden], the module's weight and ε. Out: what the module gives, bit for bit, and its gradients.
 """
 
+from inspect import signature
+from types import MethodType
 from typing import Any
 
 import torch
@@ -31,16 +33,19 @@ def fuse(module: nn.Module) -> bool:
     """Let `module` compute so, if it is an RMSNorm as Llama's: weight · (x / rms(x)), rounded before the weight."""
     if not _is_llamas(type(module)):
         return False
-    norm: Any = module
-    norm.forward = lambda x: _RMSNorm.apply(x, norm.weight, norm.variance_epsilon)
+    module.forward = MethodType(_forward, module)  # bound, so that a copy of the module has its own
     return True
+
+
+def _forward(norm: Any, x: Tensor) -> Tensor:
+    return _RMSNorm.apply(x, norm.weight, norm.variance_epsilon)
 
 
 def _is_llamas(kind: type[nn.Module], known: dict[type, bool] = {}) -> bool:  # noqa: B006 - remembers
     """Whether modules of this class give, on random numbers, bit for bit the same."""
     if kind not in known:
         known[kind] = False
-        if kind.__name__.endswith("RMSNorm"):
+        if kind.__name__.endswith("RMSNorm") and len(signature(kind.forward).parameters) == 2:
             generator = torch.Generator().manual_seed(0)
             try:
                 module: Any = kind(16, eps=1e-3)  # type: ignore[call-arg]
