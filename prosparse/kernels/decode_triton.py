@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prosparse.kernels import on_device_of
+
 NEURONS = 4  # that one program looks at in step 2; most of them are cut
 COLUMNS = 4096  # of a row, times tokens, that a program of step 2 holds at once
 BLOCK = 128  # columns of the output that a program of step 3 adds up
@@ -24,9 +26,9 @@ def sparse_up(
     x1 = torch.empty_like(gate)
     sizes = {"TOKENS": tokens, "NEURONS": NEURONS, "BLOCK": min(triton.next_power_of_2(width), COLUMNS // tokens)}
     flags = {"CUT": cut, "RELU_UP": relu_up, "BIAS": bias is not None}
-    _up[(triton.cdiv(neurons, NEURONS),)](
-        gate, hidden, weight, bias if bias is not None else gate, x1, threshold, batch, neurons, width, **sizes, **flags
-    )
+    given = (gate, hidden, weight, bias if bias is not None else gate, x1, threshold, batch, neurons, width)
+    with on_device_of(x1):
+        _up[(triton.cdiv(neurons, NEURONS),)](*given, **sizes, **flags)
     return x1
 
 
@@ -38,10 +40,10 @@ def sparse_down(x1: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
     blocks = triton.cdiv(width, BLOCK)
     share = triton.cdiv(neurons, SPLITS)
     sizes = {"TOKENS": tokens, "ROWS": ROWS // tokens, "BLOCK": BLOCK}
-    _down[(blocks, SPLITS)](x1, rows, parts, batch, neurons, width, share, **sizes)
-    _add_parts[(blocks, batch)](
-        parts, bias if bias is not None else out, out, batch, width, SPLITS=SPLITS, BLOCK=BLOCK, BIAS=bias is not None
-    )
+    given = (parts, bias if bias is not None else out, out, batch, width)
+    with on_device_of(x1):
+        _down[(blocks, SPLITS)](x1, rows, parts, batch, neurons, width, share, **sizes)
+        _add_parts[(blocks, batch)](*given, SPLITS=SPLITS, BLOCK=BLOCK, BIAS=bias is not None)
     return out
 
 

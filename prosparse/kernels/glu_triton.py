@@ -4,13 +4,14 @@ In: gate, up and the gradient of x1, [..., neurons], rows contiguous or halves o
 eager functions.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from prosparse.kernels import on_device_of
 
 BLOCK = 1024  # neurons that a program holds at a time
 
@@ -82,11 +83,6 @@ def _switches(name: str, param: float) -> dict[str, Any]:
     return {"SILU": name in ("silu", "swish"), "DRELU": drelu, "FAT": name == "fatrelu" or (drelu and param > 0)}
 
 
-def on(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Kernels start on the current GPU, not on that of their tensors, unless they are told."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
 def _rows(tensor: Tensor) -> tuple[Tensor, int]:
     """The tensor with contiguous rows, and the distance between them; a half of a fused projection stays as it is."""
     flat = tensor.reshape(-1, tensor.shape[-1])
@@ -99,7 +95,7 @@ def forward(name: str, param: float, gate: Tensor, up: Tensor) -> Tensor:
     if not x1.numel():
         return x1
     (g, g_stride), (u, u_stride), neurons = _rows(gate), _rows(up), gate.shape[-1]
-    with on(gate):
+    with on_device_of(gate):
         _forward_kernel[(len(g),)](g, u, x1, param, g_stride, u_stride, neurons, **_switches(name, param), BLOCK=BLOCK)
     return x1
 
@@ -113,7 +109,7 @@ def backward(
     if not sums.numel():
         return d_gate, d_up, sums
     counted = scale if mask is None else mask.flatten().to(torch.float32)
-    with on(gate):
+    with on_device_of(gate):
         _backward_kernel[(len(g),)](
             g, u, d, scale, counted, d_gate, d_up, sums, param, g_stride, u_stride, d_stride, gate.shape[-1], len(g),
             MASKED=mask is not None, **_switches(name, param), BLOCK=BLOCK,
