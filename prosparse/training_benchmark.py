@@ -248,6 +248,14 @@ def fingerprint(model: torch.nn.Module) -> dict[str, tuple[float, float]]:
     return found
 
 
+def forget_peak(device: torch.device) -> None:
+    """Let the peak memory count from now on: what comparing took is not the step's."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the most that was resident is what is
+
+
 def row(config: Bench, number: int) -> torch.Tensor:
     """Row `number`: random tokens, int64 [context]."""
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
@@ -297,6 +305,7 @@ def _own(config: Bench, name: str, turn: Turn) -> dict[str, Any]:
         result = step(number)
         if number == 0:
             settle(config.speed, device)
+            forget_peak(device)
         number, going = number + 1, turn(result)
     memory = peak_memory(device)
     parts = _shares(engine, step, number, device) if name == "ours" else {}
@@ -423,6 +432,8 @@ def _hooks(config: Bench, turn: Turn, folder: Path) -> dict[str, Any]:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             _synchronize(device)
+            if state.global_step == 1:
+                forget_peak(device)
             seconds = time.perf_counter() - self.began
             numbers = {"seconds": seconds, "loss": float(said["loss"]), "l1": float(said["l1"])}
             control.should_training_stop = not turn(said | numbers)
