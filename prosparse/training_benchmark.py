@@ -273,7 +273,7 @@ def _own(config: Bench, name: str, turn: Turn) -> dict[str, Any]:
     rank, world, device = start_group(config.device, config.threads, config.seed)
     join_deepspeed(device)
     model: Any = build(config, "silu", device)
-    layers, width = model.config.num_hidden_layers, model.config.intermediate_size
+    layers = model.config.num_hidden_layers
     if name != "silu":
         substitute(model, "relu" if name == "ours" else "silu")
     make_ready(model, config, device)
@@ -315,7 +315,6 @@ def _own(config: Bench, name: str, turn: Turn) -> dict[str, Any]:
         "how": described(config, device, model.config.model_type),
         "parameters": sum(p.numel() for p in model.parameters()),
         "flops_a_token": training_flops(model, config.recipe.batch.context),
-        "neurons": width,
         "parts": parts,
         "peak_flops": peak_flops(device),
         "memory_bytes": memory,

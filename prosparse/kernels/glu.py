@@ -41,7 +41,6 @@ class _Gated(torch.autograd.Function):
         return d_gate, d_up, *[None] * 7
 
 
-@torch.compiler.disable  # its statistics are no part of a compiled graph
 def gated(
     gate: Tensor,
     up: Tensor,
@@ -56,7 +55,7 @@ def gated(
     """x1 of an FFN, [..., neurons], as `activations.intermediate` and `penalty.inject_l1` together give it.
 
     It keeps gate and up for backward, which adds the L1 gradient and this layer's statistics; `tokens` and `visits` as
-    of `inject_l1`. implementation: eager or triton. Raises KeyError for an activation that is not in FUSED.
+    of `inject_l1`. implementation: eager or triton; name: one of FUSED.
     """
     assert name in FUSED, name
     return _Gated.apply(gate, up, name, param, kernels(implementation), context, layer, tokens, visits)
@@ -75,7 +74,7 @@ def recompute_x1(down: nn.Module) -> None:
     """Let `down`, the projection that x1 enters, compute x1 again in backward instead of keeping it.
 
     x1 has to come from `gated`. Not for layers under activation checkpointing: what backward needs would stay alive
-    from one forward pass to the next. Undone by `keep_x1`.
+    from one forward pass to the next.
     """
     down.forward = MethodType(_without_x1, down)  # type: ignore[method-assign]  # bound, as in norm.py
 
@@ -101,11 +100,6 @@ def _without_x1(down: nn.Module, x1: Tensor) -> Tensor:
 
     with saved_tensors_hooks(pack, unpack):
         return type(down).forward(down, x1)
-
-
-def keep_x1(down: nn.Module) -> None:
-    """Undo `recompute_x1`."""
-    vars(down).pop("forward", None)
 
 
 # --- eager ------------------------------------------------------------------------------------------------------------
