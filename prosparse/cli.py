@@ -24,9 +24,9 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from prosparse.checks import validate
 from prosparse.config import Train
 from prosparse.signals import Stopped, interruptible, listening
+from prosparse.verb_checks import validate
 from prosparse.verb_configs import Bench, Eval, Export, Generate, Measure, Predict, Prepare, Report, ShiftCheckpoint
 from prosparse.verbs import RUN
 

@@ -7,7 +7,7 @@ import sys
 from conftest import ROOT
 
 FLOORS = [
-    {"activations", "config", "verb_configs", "checks", "signals", "group"},
+    {"activations", "config", "verb_configs", "checks", "verb_checks", "signals", "group"},
     {"schedule", "penalty", "kernels", "shards", "guard", "controller", "checkpoint"},
     {"ffn", "decoding", "chat", "sources"},
     {"models", "data"},
