@@ -7,6 +7,7 @@ SiLU and statistics, as recipe.control=silu_continued; `hooks`, Hugging Face's T
 term from forward hooks.
 """
 
+import ctypes
 import os
 import socket
 import subprocess
@@ -32,6 +33,7 @@ from prosparse.data import Batch
 from prosparse.ffn import sparse_ffns, substitute
 from prosparse.penalty import PenaltyContext, mean_abs_by_layer, new_statistics, sparsity_by_layer
 from prosparse.plotting import BLUE, GRAY, GREEN, VERMILION
+from prosparse.speed import ffn_kernel
 from prosparse.telemetry import peak_flops, peak_memory, training_flops
 from prosparse.verb_configs import Bench
 
@@ -44,7 +46,10 @@ Turn = Callable[[dict[str, Any] | None], bool]  # tells a result, waits; False: 
 
 
 def train(config: Bench, progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """Every rival's steps, in turns. RuntimeError if ours and `hooks` do not compute the same."""
+    """Every rival's steps, in turns. RuntimeError if ours and `hooks` do not compute the same; ValueError for a batch
+    or a kernel that cannot be."""
+    schedule.accumulation(config.recipe.batch.sequences, config.micro_batch, config.ranks)
+    ffn_kernel(config.speed, torch.device("cuda" if _on_gpu(config) else "cpu"))  # told here, not by every process
     arms: dict[str, Arm] = {}
     with tempfile.TemporaryDirectory(prefix="prosparse-bench-") as scratch:
         try:
@@ -249,10 +254,11 @@ def fingerprint(model: torch.nn.Module) -> dict[str, tuple[float, float]]:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Let the peak memory count from now on: what comparing took is not the step's."""
+    """Let the peak memory count from now on: what comparing took, and the holes that it left, are not the step's."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the most that was resident is what is
 
 
@@ -304,8 +310,8 @@ def _own(config: Bench, name: str, turn: Turn) -> dict[str, Any]:
     while going:
         result = step(number)
         if number == 0:
-            settle(config.speed, device)
             forget_peak(device)
+            settle(config.speed, device)
         number, going = number + 1, turn(result)
     memory = peak_memory(device)
     parts = _shares(engine, step, number, device) if name == "ours" else {}
@@ -319,6 +325,10 @@ def _own(config: Bench, name: str, turn: Turn) -> dict[str, Any]:
         "peak_flops": peak_flops(device),
         "memory_bytes": memory,
     }
+
+
+def _on_gpu(config: Bench) -> bool:
+    return config.device != "cpu" and torch.cuda.is_available()
 
 
 def _synchronize(device: torch.device) -> None:
@@ -379,8 +389,7 @@ def _shares(engine: Any, step: Callable[[int], dict[str, Any]], number: int, dev
 def _hooks(config: Bench, turn: Turn, folder: Path) -> dict[str, Any]:
     """What people write today: Trainer, a DeepSpeed config, hooks that collect x1, a loss with its mean |x1|."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    cuda = config.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    device = torch.device("cuda", rank) if _on_gpu(config) else torch.device("cpu")
     os.environ["DS_ACCELERATOR"] = device.type
     import deepspeed
     from transformers import Trainer, TrainerCallback, TrainingArguments
