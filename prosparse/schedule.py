@@ -308,6 +308,12 @@ def accumulation(sequences: int, micro_batch: int, ranks: int) -> int:
     )
 
 
+def share(first: int, sequences: int, micro_batch: int, rank: int, ranks: int) -> list[range]:
+    """A rank's micro-batches of the rows first .. first + sequences - 1, as row numbers."""
+    starts = range(first + rank * micro_batch, first + sequences, micro_batch * ranks)
+    return [range(start, start + micro_batch) for start in starts]
+
+
 def _lr_segments(recipe: Recipe) -> list[tuple[Lr, int, int]]:
     segments: list[tuple[Lr, int, int]] = []
     for span in spans(recipe):

@@ -235,8 +235,7 @@ def train_stages(run: Run) -> bool:
 
 def share_of(run: Run, first: int, sequences: int) -> list[range]:
     """This rank's micro-batches of the rows first .. first + sequences - 1, as row numbers."""
-    size = run.config.micro_batch
-    return [range(i, i + size) for i in range(first + run.rank * size, first + sequences, size * run.world)]
+    return schedule.share(first, sequences, run.config.micro_batch, run.rank, run.world)
 
 
 def start_steering(run: Run, context: PenaltyContext, chain: str) -> dict:
