@@ -76,8 +76,8 @@ class File(powerinfer_file.File):
 def main(export: str, checkpoint: str, rows: str = "8") -> None:
     from prosparse import load_model, load_tokenizer, substitute
     from prosparse.config import Auto, Data
-    from prosparse.data import text_rows
     from prosparse.ffn import activation_of
+    from prosparse.preparation import text_rows
     from prosparse.sparsity import spread
 
     made = json.loads((Path(export) / "result.json").read_text())

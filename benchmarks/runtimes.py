@@ -81,7 +81,8 @@ def main(vllm_python: str, positions: str, *checkpoints: str) -> None:
 def stdlib(tokenizer, positions: int) -> dict[str, list[list[int]]]:
     """By name, rows in which `positions` tokens are predicted: some that the demo trains on, and held-out ones."""
     from prosparse.config import Auto, Data
-    from prosparse.data import mixture, text_splits
+    from prosparse.data import mixture
+    from prosparse.preparation import text_splits
     from prosparse.sparsity import spread
 
     how: dict = {"bos": Auto.auto, "column": "text", "cache": Data().cache, "held_out": HELD_OUT}

@@ -292,7 +292,7 @@ class Model:
 class Source:
     """One source of a mixture: text, or conversations if `messages` or `prompt` and `answer` are given."""
 
-    path: str = MISSING  # `stdlib`, a file, a folder, or hub://NAME
+    path: str = MISSING  # `stdlib`, a file, a folder, a URL such as s3://BUCKET/FOLDER, or hub://NAME
     weight: float = 1.0
     config: str | None = None  # Hub data sets: configuration name
     split: str = "train"  # Hub data sets: split

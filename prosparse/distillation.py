@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from prosparse.data import tokenizer_digest
+from prosparse.preparation import tokenizer_digest
 
 CHUNK = 256  # positions whose whole vocabulary is held in fp32 at a time
 

@@ -24,7 +24,7 @@ from prosparse import chat, checkpoint, schedule, shards, signals
 from prosparse.allocation import cut_apart, load_thresholds
 from prosparse.checkpoint import Saver, TrainState
 from prosparse.config import Distillation, Dtype, Template, Train
-from prosparse.data import Prepared, begins_with_bos, mixture, open_prepared, prepare, tokenizer_digest
+from prosparse.data import Prepared, mixture, open_prepared
 from prosparse.distillation import Teacher, check_vocabulary
 from prosparse.engine import (
     Teaching,
@@ -40,6 +40,7 @@ from prosparse.ffn import activation_key, activation_of, substitute
 from prosparse.group import agree, from_rank_zero, on_any_rank, same_everywhere, shared, start_group
 from prosparse.models.formats import TRAINED_WITH_BOS, released_config
 from prosparse.models.load import load_config, load_model, load_tokenizer
+from prosparse.preparation import begins_with_bos, prepare, tokenizer_digest
 from prosparse.signals import Stopped, interruptible
 from prosparse.speed import Profiler, described, make_ready, thaw_gc
 from prosparse.telemetry import Metrics, Tracker, header, redact, versions, write_atomically

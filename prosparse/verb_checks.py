@@ -3,13 +3,25 @@
 In: a config object of any verb. Out: nothing, or ValueError that names the key and the remedy.
 """
 
+import re
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from prosparse.checks import require, validate_device, validate_recipe, validate_shift, validate_tasks, validate_train
 from prosparse.config import ExportFormat, Train
-from prosparse.verb_configs import Bench, Benchmark, Eval, Export, Generate, Measure, Predict, Report, ShiftCheckpoint
+from prosparse.verb_configs import (
+    Bench,
+    Benchmark,
+    Eval,
+    Export,
+    Generate,
+    Measure,
+    Predict,
+    Prepare,
+    Report,
+    ShiftCheckpoint,
+)
 
 
 def validate(config: Any) -> None:
@@ -17,6 +29,8 @@ def validate(config: Any) -> None:
     if isinstance(config, Train):
         validate_recipe(config.recipe)
         validate_train(config)
+    if isinstance(config, Prepare) and config.shard is not None:
+        parse_shard(config.shard)
     if isinstance(config, ShiftCheckpoint):
         require(
             (config.threshold is None) != (config.budget is None),
@@ -50,6 +64,17 @@ def validate(config: Any) -> None:
         _validate_own_place(config)
     if isinstance(config, Export):
         _validate_export(config)
+
+
+def parse_shard(shard: str) -> tuple[int, int]:
+    """(i, n) of "i/n"; ValueError unless i is one of 1 to n."""
+    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", shard)
+    require(
+        found is not None and int(found[1]) <= int(found[2]),
+        f"shard is {shard}: give I/N with I from 1 to N, e.g. shard=3/64",
+    )
+    assert found is not None
+    return int(found[1]), int(found[2])
 
 
 def _validate_bench(config: Bench) -> None:

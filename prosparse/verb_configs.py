@@ -24,6 +24,7 @@ class Prepare(Train):
     """`prosparse prepare`: the same experiment, only its text."""
 
     run_dir: str = "."  # not used: prepare writes to data.cache
+    shard: str | None = None  # I/N: only the I-th of N shares of the segments; null: what is missing, and the tables
 
 
 class Benchmark(StrEnum):
@@ -71,7 +72,7 @@ class Opens:
 class Reads(Opens):
     """What every verb that also reads a text takes."""
 
-    text: str = MISSING  # `stdlib`, a file, a folder, or hub://NAME
+    text: str = MISSING  # `stdlib`, a file, a folder, a URL, or hub://NAME
     column: str = "text"
     context: int = 512
     batch: int = 4  # rows that the model computes together

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prosparse.config import Auto, Dtype, ExportFormat, Train
+from prosparse.verb_checks import parse_shard
 from prosparse.verb_configs import (
     Bench,
     Eval,
@@ -37,19 +38,28 @@ def run_train(config: Train) -> dict:
 
 def run_prepare(config: Prepare) -> dict:
     from prosparse import schedule
-    from prosparse.data import prepare
     from prosparse.models.load import load_config, load_tokenizer
+    from prosparse.preparation import prepare_all, prepare_shard
 
     model = config.model
     opening: dict = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     own = config.data.tokenizer
     tokenizer = load_tokenizer(own) if own else load_tokenizer(model.source, **opening)
     vocabulary = load_config(model.source, **opening).get_text_config().vocab_size
-    prepared = prepare(config.data, tokenizer, schedule.contexts(config.recipe), vocabulary)
+    contexts = schedule.contexts(config.recipe)
+    if config.shard is not None:
+        done = prepare_shard(config.data, tokenizer, contexts, parse_shard(config.shard))
+        left = (
+            f"of all {done.segments} segments {done.missing} are missing" if done.missing else "all segments are there"
+        )
+        _say(f"shard {config.shard}: {done}; {left}: prosparse prepare without shard checks them and writes the tables")
+        return {"shard": config.shard} | done.to_dict()
+    prepared, done = prepare_all(config.data, tokenizer, contexts, vocabulary, verify=True)
+    _say(f"prepared: all {done.segments} segments hold what their manifests say")
     return {
         str(context): {"digest": made.digest, "fingerprint": made.fingerprint, "sources": made.manifests}
         for context, made in prepared.items()
-    }
+    } | {"preparation": done.to_dict()}
 
 
 def run_measure(config: Measure) -> dict:
@@ -115,8 +125,8 @@ def run_measure(config: Measure) -> dict:
 
 
 def run_predict(config: Predict) -> dict:
-    from prosparse.data import text_splits
     from prosparse.predictor import predict
+    from prosparse.preparation import text_splits
 
     model, tokenizer = _open(config)
     how: dict = {key: getattr(config, key) for key in ("column", "cache", "held_out")}
@@ -354,7 +364,7 @@ def _rows(
     column: str | None = None,
 ) -> Any:
     """The rows of config.text, or of another text."""
-    from prosparse.data import text_rows
+    from prosparse.preparation import text_rows
 
     text = text or config.text
     how: dict = {"column": column or config.column, "cache": config.cache, "held_out": held_out}

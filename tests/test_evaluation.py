@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoTokenizer
 from prosparse import evaluation, substitute
 from prosparse.cli import compose
 from prosparse.config import Auto, Data, Evaluate, Source, StopRule, Tasks, Template
-from prosparse.data import begins_with_bos
 from prosparse.harness import Harness
 from prosparse.models.formats import inherited, released_config
+from prosparse.preparation import begins_with_bos
 from prosparse.verbs import RUN
 
 FOLDER = str(ROOT / "tests" / "tasks")

@@ -10,7 +10,7 @@ FLOORS = [
     {"activations", "config", "verb_configs", "checks", "verb_checks", "signals", "group"},
     {"schedule", "penalty", "kernels", "shards", "guard", "controller", "checkpoint"},
     {"ffn", "decoding", "chat", "sources"},
-    {"models", "data"},
+    {"models", "data", "tokenization", "packing", "preparation"},
     {"sparsity", "activity"},
     {"allocation", "threshold", "predictor", "vllm_plugin", "distillation", "telemetry", "generation"},
     {"records", "card", "page", "plotting", "reporting"},

@@ -16,10 +16,10 @@ from test_models import base_model
 from prosparse.activity import hot
 from prosparse.cli import main
 from prosparse.config import Auto
-from prosparse.data import text_splits
 from prosparse.ffn import substitute
 from prosparse.models.load import load_model, load_tokenizer
 from prosparse.predictor import Predictor, Recording, fit, judge, load_predictors, only_predicted, places, record
+from prosparse.preparation import text_splits
 from prosparse.sparsity import measure
 from prosparse.verb_configs import Predict
 
