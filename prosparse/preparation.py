@@ -59,7 +59,7 @@ class Made:
         return vars(self) | {"tokens_per_second": speed, "tokens_per_second_per_core": per_core}
 
     def __str__(self) -> str:
-        told = f"{self.made} of {self.own} segments made, the others were there"
+        told = f"made {self.made} of {self.own} segments" + ", the others were there" * (self.made < self.own)
         if self.made:
             told += f": {self.documents:,} documents, {self.tokens:,} tokens in {self.seconds:.1f} s, "
             told += f"{self.tokens / self.seconds:,.0f} tokens/s, {self.tokens / self.core_seconds:,.0f} a core"
@@ -306,15 +306,19 @@ def _make(
                 progress.end(segment.size)
                 done.made += 1
         except chat.Unfit as error:
-            document, why = error.args
-            rows = enumerate(documents(plan.source, plan.key), 1)
-            row = next(number for number, text in rows if text == document)
-            told = f"{plan.key}: row {row} of {plan.source.path} {why}: set data.template=chatml, or mend the row"
-            raise ValueError(told) from error
+            raise ValueError(_told(plans, *error.args)) from error
     progress.close()
     done.seconds = time.time() - began
     done.core_seconds += time.process_time() - began_core
     return folders, done
+
+
+def _told(plans: list[_Plan], conversation: str, why: str) -> str:
+    """What to tell of a conversation that the template refuses."""
+    plans = [plan for plan in plans if plan.template is not None]
+    rows = ((p, row) for p in plans for row, text in enumerate(documents(p.source, p.key), 1) if text == conversation)
+    plan, row = next(rows)
+    return f"{plan.key}: row {row} of {plan.source.path} {why}: set data.template=chatml, or mend the row"
 
 
 def _tabulate(plan: _Plan, found: list[Path], context: int, data: Data, verify: bool) -> Path:

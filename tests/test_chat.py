@@ -13,13 +13,15 @@ from conftest import tiny_llama
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from prosparse import data as module
+from prosparse import tokenization
 from prosparse.chat import COUNTS, TEMPLATES, chat_template, pack, tokenize
 from prosparse.config import Auto, Data, Source, Template
-from prosparse.data import Rows, batch, is_held_out, mixture, prepare
+from prosparse.data import batch, mixture, open_prepared
 from prosparse.generation import _encode
+from prosparse.preparation import _prepare, prepare
 from prosparse.sources import documents
 from prosparse.sparsity import language_loss, measure
+from prosparse.tokenization import is_held_out
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 CONTEXT = 48
@@ -67,10 +69,9 @@ def make_data(tmp_path, conversations):
 
 def everything(data: Data, tokenizer, context: int = CONTEXT) -> list[np.ndarray]:
     """The rows of all conversations of data.sources.chat."""
-    control = module._control(tokenizer, data.bos)
     data.held_out = 0.0
-    folder = module._make(data.sources["chat"], "chat", tokenizer, control, data, [context])[context]
-    rows = Rows([folder / "train.arrow"])
+    folders, _ = _prepare(data.sources, tokenizer, data, [context], verify=False)
+    rows = open_prepared({"chat": folders["chat"][context]}).train["chat"]
     return [rows[i] for i in range(len(rows))]
 
 
@@ -257,7 +258,7 @@ def test_documents_lie_whole_in_rows_and_what_does_not_fit_starts_the_next_one()
 
 @pytest.mark.parametrize("unit", [300, 2**20])
 def test_rows_do_not_depend_on_the_number_of_processes(tmp_path, make_data, monkeypatch, unit):
-    monkeypatch.setattr(module, "UNIT_CHARACTERS", unit)
+    monkeypatch.setattr(tokenization, "UNIT_CHARACTERS", unit)
     made = {}
     for processes in (1, 2, 3):
         data = make_data(processes=processes, cache=str(tmp_path / f"cache{processes}"))
@@ -387,7 +388,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused(make_data):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_template_that_is_not_consistent_is_refused_with_the_row(make_data, monkeypatch, processes):
-    monkeypatch.setattr(module, "UNIT_CHARACTERS", 100)
+    monkeypatch.setattr(tokenization, "UNIT_CHARACTERS", 100)
     kept = "{% if loop.last or m['role'] == 'user' %}{{ m['content'] }}{% endif %}"
     forgets = "{% for m in messages %}" + kept + "{% endfor %}"
     rows = [{"messages": chat("a", f"b{i}")} for i in range(9)] + [{"messages": chat("a", "b", "c", "d")}]

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -16,10 +17,12 @@ import zstandard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from prosparse import data as module
+from prosparse import packing, preparation, tokenization
 from prosparse.config import Auto, Data, Source
-from prosparse.data import batch, epochs, is_held_out, mixture, open_prepared, prepare, text_rows
+from prosparse.data import batch, epochs, mixture, open_prepared
+from prosparse.preparation import prepare, text_rows
 from prosparse.sources import documents
+from prosparse.tokenization import is_held_out
 
 CONTEXT = 16
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "runs", "home"]
@@ -144,7 +147,7 @@ def test_a_control_token_written_in_a_text_stays_text(tmp_path, make_data, tiny_
 def test_rows_and_digest_do_not_depend_on_the_number_of_processes(
     tmp_path, make_data, tiny_tokenizer, monkeypatch, unit
 ):
-    monkeypatch.setattr(module, "UNIT_CHARACTERS", unit)
+    monkeypatch.setattr(tokenization, "UNIT_CHARACTERS", unit)
     made = {}
     for processes in (1, 2, 3):
         data = make_data(processes=processes, cache=str(tmp_path / f"cache{processes}"))
@@ -158,8 +161,8 @@ def test_rows_and_digest_do_not_depend_on_the_number_of_processes(
 
 
 def test_a_long_context_drops_no_larger_share_than_a_short_one(make_data, tiny_tokenizer, monkeypatch):
-    monkeypatch.setattr(module, "UNIT_CHARACTERS", 400)  # shorter than a row of the long context
-    monkeypatch.setattr(module, "UNIT_CONTEXT", CONTEXT)
+    monkeypatch.setattr(tokenization, "UNIT_CHARACTERS", 400)  # shorter than a row of the long context
+    monkeypatch.setattr(packing, "UNIT_CONTEXT", CONTEXT)
     for context, prepared in prepare(make_data(), tiny_tokenizer, [CONTEXT, 16 * CONTEXT]).items():
         count = prepared.manifests["a"]["train"]
         assert count["dropped_tokens"] < 0.2 * count["tokens"], context
@@ -185,8 +188,8 @@ def test_held_out_documents_are_chosen_by_their_own_text(tmp_path, make_data, te
 
 def test_the_second_call_does_nothing_but_open(make_data, tiny_tokenizer, monkeypatch):
     first = prepare(make_data(), tiny_tokenizer, [CONTEXT, 8])
-    for name in ("_tokenize", "_commit"):
-        monkeypatch.setattr(module, name, None)
+    for name in ("units", "Writers", "publish"):
+        monkeypatch.setattr(preparation, name, None)
     second = prepare(make_data(processes=2), tiny_tokenizer, [8, CONTEXT])
     assert second[CONTEXT].digest == first[CONTEXT].digest != first[8].digest
     again = open_prepared(first[8].folders)
@@ -214,7 +217,7 @@ def test_the_fingerprint_follows_content_tokenizer_and_options_but_not_the_place
     assert len(set(fingerprints)) == len(fingerprints)
 
 
-@pytest.mark.parametrize("owner, name", [(module, "_pack"), (module.json, "dumps"), (module.os, "rename")])
+@pytest.mark.parametrize("owner, name", [(packing._Writer, "_put"), (packing.json, "dumps"), (packing.os, "rename")])
 def test_an_interrupted_preparation_is_invisible(tmp_path, make_data, tiny_tokenizer, monkeypatch, owner, name):
     original = getattr(owner, name)
 
@@ -234,7 +237,7 @@ def test_an_interrupted_preparation_is_invisible(tmp_path, make_data, tiny_token
 def test_a_killed_preparation_is_invisible(tmp_path, make_data, tiny_tokenizer):
     child = os.fork()
     if child == 0:
-        module.os.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        packing.os.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         try:
             prepare(make_data(), tiny_tokenizer, [CONTEXT])
         finally:
@@ -246,15 +249,15 @@ def test_a_killed_preparation_is_invisible(tmp_path, make_data, tiny_tokenizer):
 
 def test_the_manifest_is_written_last(make_data, tiny_tokenizer, monkeypatch):
     seen = []
-    original = module._pack
-    monkeypatch.setattr(module, "_pack", lambda *a: (seen.append(sorted(os.listdir(a[3].parent))), original(*a))[1])
+    original = packing.publish
+    monkeypatch.setattr(packing, "publish", lambda *a: (seen.append(sorted(os.listdir(a[1]))), original(*a))[1])
     prepare(make_data(), tiny_tokenizer, [CONTEXT])
-    assert seen == [[], ["train.arrow"]]
+    assert seen == [["held_out.arrow", "train.arrow"]]
 
 
 def test_concurrent_preparations_agree(tmp_path, make_data, tiny_tokenizer, monkeypatch):
-    data, original, barrier = make_data(), module._commit, threading.Barrier(2)
-    monkeypatch.setattr(module, "_commit", lambda *a: (barrier.wait(20), original(*a))[1])
+    data, original, barrier = make_data(), packing.Writers.commit, threading.Barrier(2)
+    monkeypatch.setattr(packing.Writers, "commit", lambda self: (barrier.wait(20), original(self))[1])
     digests = []
     threads = [
         threading.Thread(target=lambda: digests.append(prepare(data, tiny_tokenizer, [CONTEXT])[CONTEXT].digest))
@@ -265,14 +268,20 @@ def test_concurrent_preparations_agree(tmp_path, make_data, tiny_tokenizer, monk
     for thread in threads:
         thread.join()
     assert len(digests) == 2 and len(set(digests)) == 1
-    assert len(os.listdir(tmp_path / "cache")) == 1
+    assert len(os.listdir(tmp_path / "cache")) == 2  # the segment and the table
 
 
 def test_damaged_rows_are_refused(make_data, tiny_tokenizer):
-    folder = prepare(make_data(), tiny_tokenizer, [CONTEXT])[CONTEXT].folders["a"]
-    os.truncate(folder / "train.arrow", 600)
-    with pytest.raises(ValueError, match="does not hold complete rows: remove it"):
+    prepared = prepare(make_data(), tiny_tokenizer, [CONTEXT])[CONTEXT]
+    (shard,) = prepared.train["a"].shards
+    os.truncate(shard.path, 600)
+    told = f"{shard.path.parent} does not hold complete rows: remove it and prepare again"
+    with pytest.raises(ValueError, match=f"data.sources.a: {told}"):
         prepare(make_data(), tiny_tokenizer, [CONTEXT])
+    with pytest.raises(ValueError, match=told):  # a rank that opens the table finds out at the first row
+        open_prepared(prepared.folders).train["a"][0]
+    shutil.rmtree(shard.path.parent)
+    assert prepare(make_data(), tiny_tokenizer, [CONTEXT])[CONTEXT].digest == prepared.digest
 
 
 def test_text_rows_are_all_of_a_text_or_the_held_out_rows_of_the_training(make_data, tiny_tokenizer):
