@@ -29,7 +29,7 @@ from prosparse.preparation import prepare_shard
 
 CONTEXT = 4096
 LOOK_SECONDS = 0.2  # between two looks at the memory
-WORDS = [f"{number:0>{5 + number % 56}}" for number in range(20000)]  # of 5 to 60 digits
+WORDS = [f"{number:0>{100 + number % 101}}" for number in range(2000)]  # of 100 to 200 digits: fewer tokens a byte
 
 
 def prepared(path: str, tokenizer: Any, processes: int, found: Any) -> None:
@@ -76,15 +76,15 @@ def whole_words() -> PreTrainedTokenizerFast:
 
 
 def generate(path: Path, size: int) -> None:
-    """Write `size` bytes of lines of random words, in .jsonl five of them a document."""
-    chance, written = random.Random(0), 0
+    """Write `size` bytes: blocks of lines of random words, in .jsonl five of them a document, every block numbered."""
+    chance = random.Random(0)
+    texts = ["\n".join(" ".join(chance.choices(WORDS, k=12)) for _ in range(5)) + "\n" for _ in range(200)]
     with open(path, "w") as file, tqdm(total=size, desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
-        while written < size:
-            lines = [" ".join(chance.choices(WORDS, k=12)) for _ in range(5)]
-            text = "\n".join(lines) + "\n"
-            told = json.dumps({"text": text}) + "\n" if path.suffix == ".jsonl" else text
-            written += file.write(told)
-            bar.update(len(told))
+        while bar.n < size:
+            for text in texts:
+                text = f"{bar.n} {text}"
+                bar.n += file.write(json.dumps({"text": text}) + "\n" if path.suffix == ".jsonl" else text)
+            bar.refresh()
 
 
 def main(out: Path, rounds: int, sizes: list[int]) -> None:

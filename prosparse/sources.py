@@ -269,6 +269,8 @@ def _rows(part: Part, source: Source, where: str) -> Iterator[str]:
             return
         codec = next((codec for name, codec in COMPRESSED.items() if ending.endswith(name)), None)
         begin, end = _span(stream, part)
+        if part.of > 1 and begin == end:
+            return
         stream.seek(begin)
         lines = stream if codec is None else io.BufferedReader(pa.input_stream(stream, codec), 2**20)
         yield from _texts(_json(lines, begin, end if part.of > 1 else None, where), source, where)

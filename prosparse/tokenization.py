@@ -4,6 +4,7 @@ In: documents, a tokenizer. Out: the tokens of a few documents at a time, each f
 Documents go into units by their order alone, so how many processes there are changes nothing but the time.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -145,6 +146,7 @@ _in_worker: tuple[Any, Control]  # in a process that tokenizes: with what
 def _start_worker(parent: int, tokenizer: Any, control: Control) -> None:
     global _in_worker
     _in_worker = tokenizer, control
+    gc.freeze()  # what is shared with the parent stays shared
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for number in signals.SIGNALS:  # the process that reads and writes obeys them
         signal.signal(number, signal.SIG_IGN)
