@@ -34,11 +34,11 @@ from prosparse.ffn import (
     sparse_ffns,
     substitute,
 )
-from prosparse.group import rank_and_world
 from prosparse.models.formats import stock_config
 from prosparse.models.load import build_model
 from prosparse.penalty import row_mask
 from prosparse.sparsity import add_ranks, language_loss
+from prosparse.ulysses import RowGroup, no_sharing
 
 SMALLEST = 1e-4  # of the thresholds that fold: below it the factors of the rows grow without bound
 START, OCTAVES = 2.0**-13, 17  # the threshold of what is not cut in a model without one; thresholds considered above it
@@ -67,11 +67,12 @@ def fisher_costs(
     *,
     batch: int = 4,
     progress: Callable[[int, int], None] | None = None,
+    group: RowGroup | None = None,
 ) -> Costs:
     """Run `model` (its FFNs substituted) forward and backward over `rows`; its weights get no gradients.
 
-    Every rank of a process group has to call it, each with whole weights. Raises ValueError if an FFN is ungated: no up
-    projection could take back what folding does.
+    Every rank of a process group has to call it, each with whole weights; `group` as of `measure`. Raises ValueError if
+    an FFN is ungated: no up projection could take back what folding does.
     """
     ffns = _gated(model)
     start = max(ffns[0].param, START)
@@ -88,16 +89,16 @@ def fisher_costs(
     asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
     hook = model.get_input_embeddings().register_forward_hook(lambda module, given, out: out.detach().requires_grad_())
     was_training = model.training
-    rank, world = rank_and_world()
+    group = group or no_sharing()
     model.eval().requires_grad_(False)
     try:
         with intermediates(model, see):
-            for number in range(passes := math.ceil(math.ceil(len(rows) / batch) / world)):
-                start = batch * (rank + number * world)
+            for number in range(passes := math.ceil(math.ceil(len(rows) / batch) / group.groups)):
+                start = batch * (group.number + number * group.groups)
                 if start < len(rows):
-                    data = make_batch(rows, range(start, min(start + batch, len(rows)))).to(model.device)
+                    data = group.cut(make_batch(rows, range(start, min(start + batch, len(rows))))).to(model.device)
                     mask = data.token_mask
-                    with torch.enable_grad():
+                    with torch.enable_grad(), group.attending(model):
                         language_loss(model(**data.inputs(), use_cache=False).logits, data.labels).backward()
                 if progress is not None:  # on every rank as often: what it calls may wait for the others
                     progress(number + 1, passes)

@@ -28,6 +28,7 @@ from prosparse.config import (
 )
 
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+SHARED_ATTENTION = ("sdpa", "flash_attention_2", "flash_attention_3")  # which are causal without a mask
 
 
 def require(condition: bool, message: str) -> None:
@@ -216,6 +217,7 @@ def validate_train(config: Train) -> None:
     require(0 < config.data.held_out < 1, f"data.held_out is {config.data.held_out}: give a share between 0 and 1")
     require(config.data.processes >= 1, f"data.processes is {config.data.processes}: give at least 1")
     require(config.micro_batch >= 1, f"micro_batch is {config.micro_batch}: give at least 1")
+    _validate_sequences(config)
     require(config.zero.stage in (1, 2, 3), f"zero.stage is {config.zero.stage}: choose 1, 2 or 3")
     require(config.save.keep >= 2, f"save.keep is {config.save.keep}: at least 2 complete checkpoints are kept")
     require(config.save.every >= 1, f"save.every is {config.save.every}: give at least 1")
@@ -252,6 +254,27 @@ def validate_train(config: Train) -> None:
     )
     require(
         config.until is None or config.until in names, f"until={config.until}: no such stage; choose {', '.join(names)}"
+    )
+
+
+def _validate_sequences(config: Train) -> None:
+    size = config.sequence_parallel
+    require(size >= 1, f"sequence_parallel is {size}: give at least 1")
+    if size == 1:
+        return
+    recipe = config.recipe
+    for context in {stage.batch.context or recipe.batch.context for stage in recipe.stages.values()}:
+        require(
+            context % size == 0,
+            f"sequence_parallel is {size}, which does not divide a context of {context} tokens: choose another context",
+        )
+    require(
+        config.attention in SHARED_ATTENTION,
+        f"sequence_parallel={size} knows no attention={config.attention}: choose {', '.join(SHARED_ATTENTION)}",
+    )
+    require(
+        config.speed.compile is Compile.none,
+        f"sequence_parallel={size} and speed.compile=layers are not tried together: set speed.compile=none",
     )
 
 

@@ -429,6 +429,7 @@ class Train:
     speed: Speed = field(default_factory=Speed)
     profile: Profile = field(default_factory=Profile)
     micro_batch: int = 1  # rows of one forward pass on one rank
+    sequence_parallel: int = 1  # ranks that share these rows, each with its part of their tokens (DeepSpeed Ulysses)
     checkpointing: Checkpointing = Checkpointing.none
     attention: str = "sdpa"
     dtype: Dtype = Dtype.bf16

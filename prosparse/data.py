@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.nn.functional as F
 import xxhash
 from torch import Tensor
 
@@ -197,19 +198,18 @@ def mixture(rows: Mapping[str, Rows], weights: Mapping[str, float], seed: int) -
 
 @dataclass
 class Batch:
-    """Some rows as tensors on the CPU. The loss shifts: what position p predicts is the label of p + 1."""
+    """Some rows as tensors on the CPU, or the same stretch of each."""
 
     input_ids: Tensor  # int64 [sequences, context]
-    labels: Tensor  # int64 [sequences, context]
+    labels: Tensor  # int64 [sequences, context]: what each position predicts, the token after it; -100: not counted
     token_mask: Tensor | None = None  # bool [sequences, context]; None: there is no padding
     position_ids: Tensor | None = None  # int64 [sequences, context], 0 where a document begins; None: rows are whole
 
     def to(self, device: torch.device | str) -> "Batch":
         if torch.device(device).type != "cuda":
             return Batch(*(None if part is None else part.to(device) for part in vars(self).values()))  # type: ignore[arg-type]
-        parts = {id(part): part for part in vars(self).values() if part is not None}  # text has its ids as labels, too
-        moved = {key: part.pin_memory().to(device, non_blocking=True) for key, part in parts.items()}
-        return Batch(*(moved.get(id(part)) for part in vars(self).values()))  # type: ignore[arg-type]
+        moved = (None if p is None else p.pin_memory().to(device, non_blocking=True) for p in vars(self).values())
+        return Batch(*moved)  # type: ignore[arg-type]
 
     def inputs(self) -> dict[str, Tensor]:
         """What the model's forward takes: without positions it counts through each row."""
@@ -218,15 +218,20 @@ class Batch:
         )
 
 
+def next_tokens(labels: Tensor) -> Tensor:
+    """What each position of [sequences, context] predicts: the label after it, -100 at the end."""
+    return F.pad(labels[:, 1:], (0, 1), value=-100)
+
+
 def batch(rows: Any, indices: Sequence[int]) -> Batch:
     """The rows at `indices` of a mixture or of `Rows`, text and chat alike; padding is a document of its own."""
     chosen = [rows[int(index)] for index in indices]
     if all(row.ndim == 1 for row in chosen):
         input_ids = torch.from_numpy(np.stack(chosen).astype(np.int64))
-        return Batch(input_ids=input_ids, labels=input_ids)
+        return Batch(input_ids=input_ids, labels=next_tokens(input_ids))
     whole = [row if row.ndim == 2 else np.stack([row, row, np.arange(len(row))]) for row in chosen]
     input_ids, labels, positions = torch.from_numpy(np.stack(whole).astype(np.int64)).unbind(1)
     kept = positions != chat.PADDING
     positions = positions.where(kept, (~kept).cumsum(1) - 1)
     bounded = bool((positions != torch.arange(positions.shape[1])).any())
-    return Batch(input_ids, labels, None if kept.all() else kept, positions if bounded else None)
+    return Batch(input_ids, next_tokens(labels), None if kept.all() else kept, positions if bounded else None)

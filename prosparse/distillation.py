@@ -59,8 +59,7 @@ def divergence(
     the vocabulary would need a first one for the normalizers. Beside a few [CHUNK, vocabulary] tensors in fp32 it holds
     one of the logits' size and dtype, the gradient; so backward runs once.
     """
-    counted = F.pad(labels[:, 1:] != -100, (0, 1))
-    kept = counted.flatten().nonzero().squeeze(1)
+    kept = (labels.flatten() != -100).nonzero().squeeze(1)
     return _Divergence.apply(logits.flatten(0, 1), hidden.flatten(0, 1), weight, bias, kept, temperature)
 
 

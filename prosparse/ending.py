@@ -35,7 +35,7 @@ def evaluate(run: Run, name: str, model: PreTrainedModel | None = None) -> dict:
     began, config, model = time.time(), run.config, model or run.engine.module
     set_penalty(model, None)
     indices = spread(len(run.held_out), config.evaluate.rows)
-    result = measure(model, run.held_out, batch=config.micro_batch, indices=indices, progress=run.poll)
+    result = measure(model, run.held_out, batch=config.micro_batch, indices=indices, progress=run.poll, group=run.group)
     row = {"kind": "evaluation", "model": name, "step": run.state.step, "split": "held_out", **result.to_dict()}
     if run.thresholds is None or name == "exported":  # else it has many thresholds
         row["activation"] = dict(zip(("name", "param"), activation_of(model), strict=True))
@@ -61,7 +61,7 @@ def end_training(run: Run) -> None:
     run.say(f"shifting the threshold on the {len(rows)} training rows after those that were read")
     say = lambda point: run.say(str(point))  # noqa: E731
     set_penalty(model, None)
-    shifted = shift(model, rows, recipe.shift, batch=config.micro_batch, report=say, progress=run.poll)
+    shifted = shift(model, rows, recipe.shift, batch=config.micro_batch, report=say, progress=run.poll, group=run.group)
     hold(run, shifted.to_dict(), shifted.thresholds)
     if run.metrics is not None:
         run.metrics.append({"kind": "shift", "step": state.step, **shifted.to_dict()})
@@ -111,7 +111,7 @@ def finish(run: Run) -> dict:
         if run.thresholds is not None:
             report["shift"] |= {"folded": report["export"]["folded"]}
         del weights
-        exported = load_model(target, dtype=DTYPES[config.dtype], device=run.device)
+        exported = load_model(target, dtype=DTYPES[config.dtype], device=run.device, attention=config.attention)
         models["exported"] = evaluate(run, "exported", exported)
     if config.evaluate.tasks:
         report["tasks"] = from_rank_zero(lambda: task_results(run.folder))

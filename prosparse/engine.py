@@ -6,6 +6,7 @@ split over micro-batches and ranks.
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from prosparse.penalty import PenaltyContext
 from prosparse.sparsity import labeled, language_loss
 from prosparse.speed import ffn_kernel
 from prosparse.telemetry import redact
+from prosparse.ulysses import RowGroup, no_sharing
 
 Teaching = tuple[Teacher, Distillation]  # a teacher, and how much a stage follows it
 
@@ -52,10 +54,12 @@ def accumulate(
     poll: Callable[[], None] = lambda: None,
     teaching: Teaching | None = None,
     speed: Speed = SPEED,
+    group: RowGroup | None = None,
 ) -> Window:
     """Forward and backward over this rank's micro-batches of one window, up to but without the last `engine.step()`.
 
-    They lie on the CPU, so that a GPU is not waited for before its last kernel is queued.
+    They lie on the CPU, so that a GPU is not waited for before its last kernel is queued. The ranks of a `group` have
+    the same rows, of which each computes its stretch.
     The gradient is that of mean loss over labeled tokens + factor · Σ_layers mean |x1|, with a teacher + weight ·
     temperature² · mean KL over labeled tokens; all means are over the window of all ranks, however it is split into
     micro-batches; the engine's division by the rank count is undone here. A loss that is not finite makes the gradient
@@ -64,6 +68,8 @@ def accumulate(
     from deepspeed.runtime.zero import GatheredParameters
 
     model, world, device = engine.module, dist.get_world_size(), context.scale.device
+    group = group or no_sharing()
+    micro_batches = [group.cut(whole) for whole in micro_batches]
     labels, tokens = summed(torch.tensor([_counts(b) for b in micro_batches], dtype=torch.float64).sum(0)).tolist()
     if labels == 0:
         raise shared(ValueError("a window has no labeled token: give its sources more answers, or longer rows"))
@@ -72,7 +78,9 @@ def accumulate(
     loss_sum, kl_sum = torch.zeros(2, dtype=torch.float64, device=device)
     teacher, how = teaching or (None, Distillation())
     set_penalty(model, context, ffn_kernel(speed, device))
-    try:
+    with ExitStack() as stack:
+        stack.callback(set_penalty, model, None)
+        stack.enter_context(group.attending(model))
         for number, data in enumerate(micro_batches):
             poll()
             data = data.to(device)
@@ -99,8 +107,6 @@ def accumulate(
             del hidden, logits, loss  # else they lie beside those of the next micro-batch
             if not last:
                 engine.step()
-    finally:
-        set_penalty(model, None)
     sums = torch.cat([context.statistics.flatten(), loss_sum[None], kl_sum[None]])
     dist.all_reduce(sums)
     loss_mean, kl_mean = (sums[-2:] / labels).tolist()
@@ -109,21 +115,22 @@ def accumulate(
 
 
 @torch.no_grad()
-def check_packing(model: PreTrainedModel, config: Train) -> None:
+def check_packing(model: PreTrainedModel, config: Train, group: RowGroup) -> None:
     """ValueError unless a document's logits are the same after another one in its row as at the row's start.
 
     Three forward passes of micro_batch short rows; all ranks call it. Where positions do not separate documents, or do
     not start anew, the difference is about that which attention to the other document makes.
     """
-    length = min(8, schedule.contexts(config.recipe)[0] // 2)
+    length = max(1, min(8, schedule.contexts(config.recipe)[0] // 2) // group.size) * group.size
     generator = torch.Generator().manual_seed(0)
     one, other = torch.randint(model.config.get_text_config().vocab_size, (2, length), generator=generator)
     positions = torch.arange(length).repeat(2)
 
     def logits(row: list[torch.Tensor], position_ids: torch.Tensor) -> torch.Tensor:
-        parts = (torch.cat(row), position_ids)
-        ids, position_ids = (part.expand(config.micro_batch, -1).to(model.device) for part in parts)
-        return model(input_ids=ids, position_ids=position_ids, use_cache=False).logits.float()
+        ids, position_ids = (part.expand(config.micro_batch, -1) for part in (torch.cat(row), position_ids))
+        data = group.cut(Batch(ids, ids, None, position_ids)).to(model.device)
+        with group.attending(model):
+            return group.whole(model(**data.inputs(), use_cache=False).logits.float())
 
     was_training = model.training
     model.eval()
@@ -134,10 +141,14 @@ def check_packing(model: PreTrainedModel, config: Train) -> None:
     apart = bool((after - first).norm() <= 0.1 * (attended - first).norm())  # not so with NaN
     if any(on_any_rank(not apart)):
         kind = f"{config.model.source} ({model.config.model_type}) with attention={config.attention}"
+        remedy = "choose attention=sdpa or eager, else another model"
+        if group.size > 1:
+            kind += f", sequence_parallel={group.size}"
+            remedy = "choose attention=flash_attention_2 with micro_batch=1, or sequence_parallel=1"
         raise shared(
             ValueError(
                 f"{kind} and micro_batch={config.micro_batch} does not keep the documents of a row apart, which chat "
-                "sources need: choose attention=sdpa or eager, else another model"
+                f"sources need: {remedy}"
             )
         )
 
@@ -150,6 +161,7 @@ def diagnose(
     factor: float,
     teaching: Teaching | None,
     speed: Speed,
+    group: RowGroup | None = None,
 ) -> str:
     """Where the values of a window stop to be finite: rank, rows and modules, in words (all ranks call it).
 
@@ -169,7 +181,7 @@ def diagnose(
             next_rows()
             told = next(numbers)
 
-        accumulate(engine, context, micro_batches, factor, poll, teaching, speed)
+        accumulate(engine, context, micro_batches, factor, poll, teaching, speed, group)
         next_rows()
     ranks = gathered(found)
     words = [f"rank {rank}, {entry}" for rank, entries in enumerate(ranks) for entry in entries[:2]]
@@ -238,9 +250,13 @@ def stop_engine(engine: Any) -> None:
 
 def deepspeed_config(config: Train, world: int) -> dict:
     """DeepSpeed's config, derived from the typed keys; raises ValueError for a zero.extra key that contradicts one."""
-    recipe, zero = config.recipe, config.zero
+    recipe, zero, size = config.recipe, config.zero, config.sequence_parallel
+    if world % size != 0:
+        sizes = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
+        raise ValueError(f"sequence_parallel is {size}, which does not divide the {world} ranks: choose {sizes}")
     batches = [schedule.batch_at(recipe, span.first)[0] for span in schedule.spans(recipe)]
-    steps = [schedule.accumulation(batch, config.micro_batch, world) for batch in batches]  # every stage has to divide
+    groups = world // size  # every stage has to divide among them
+    steps = [schedule.accumulation(batch, config.micro_batch, groups) for batch in batches]
     overlap = zero.overlap_comm if zero.overlap_comm is not None else (None if zero.stage == 3 else False)
     own = {"stage": zero.stage} | ({} if overlap is None else {"overlap_comm": overlap})
     buckets = {"reduce_bucket_size": BUCKET} if zero.stage < 3 else {}
@@ -277,7 +293,8 @@ def out_of_memory(error: BaseException) -> bool:
 def less_memory(config: Train, world: int) -> str:
     """The next keys to set after a rank ran out of memory; the rows of a window and its gradient stay the same."""
     batches = [schedule.batch_at(config.recipe, span.first)[0] for span in schedule.spans(config.recipe)]
-    smaller = [m for m in range(1, config.micro_batch) if all(batch % (m * world) == 0 for batch in batches)]
+    groups = world // config.sequence_parallel
+    smaller = [m for m in range(1, config.micro_batch) if all(batch % (m * groups) == 0 for batch in batches)]
     if smaller:
         return (
             f"set micro_batch={smaller[-1]} (it is {config.micro_batch}; rows and gradient of a window stay the same)"

@@ -44,6 +44,7 @@ from prosparse.preparation import begins_with_bos, prepare, tokenizer_digest
 from prosparse.signals import Stopped, interruptible
 from prosparse.speed import Profiler, described, make_ready, thaw_gc
 from prosparse.telemetry import Metrics, Tracker, header, redact, versions, write_atomically
+from prosparse.ulysses import RowGroup, check_attention, check_divisible, row_group
 
 DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
 GB = 1e9
@@ -58,6 +59,7 @@ class Run:
     rank: int
     world: int
     device: torch.device
+    group: RowGroup  # the ranks that share rows with this one
     tokenizer: PreTrainedTokenizerBase
     prepared: dict[int, Prepared]  # by context
     saver: Saver
@@ -167,13 +169,15 @@ def _open_claimed(config: Train, folder: Path, rank: int, world: int, device: to
     text = (config.data, tokenizer, schedule.contexts(recipe), text_config.vocab_size)
     folders = from_rank_zero(interruptible(lambda: {n: made.folders for n, made in prepare(*text).items()}))
     prepared = agree(lambda: {length: open_prepared(parts) for length, parts in folders.items()})
-    run = Run(config, folder, rank, world, device, tokenizer, prepared, Saver(folder, config.save), lock)
+    group = row_group(config.sequence_parallel)
+    run = Run(config, folder, rank, world, device, group, tokenizer, prepared, Saver(folder, config.save), lock)
     substitution = start_model(run)
+    check_attention(run.engine.module, group, schedule.contexts(recipe)[0], config.micro_batch)
     run.identity = identity(run)
     run.state = resume(run)
     load_teacher(run)
     if any(source.is_chat for source in config.data.sources.values()):
-        check_packing(run.engine.module, config)
+        check_packing(run.engine.module, config, group)
     run.saved_step = run.state.step
     from_rank_zero(lambda: _check_disk(run))
 
@@ -269,6 +273,7 @@ def _check_model(config: Train, whole: PreTrainedConfig) -> Any:
     released_config(whole, *activation)
     if schedule.shifts(recipe):
         released_config(whole, "drelu" if activation[0] == "drelu" else "fatrelu", 1.0)
+    check_divisible(text_config, config.sequence_parallel, config.attention, schedule.contexts(recipe)[-1])
     longest, limit = schedule.contexts(recipe)[-1], getattr(text_config, "max_position_embeddings", None)
     if limit is not None and longest > limit:
         raise ValueError(f"recipe.batch.context is {longest}, but {config.model.source} has only {limit} positions")

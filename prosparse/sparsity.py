@@ -23,6 +23,7 @@ from prosparse.data import Batch
 from prosparse.data import batch as make_batch
 from prosparse.ffn import down_weights, find_ffns, observing
 from prosparse.penalty import mean_abs_by_layer, new_statistics, row_mask, sparsity_by_layer, tally_kept
+from prosparse.ulysses import RowGroup, no_sharing
 
 CANDIDATES, REFINEMENTS = 33, 10  # of the thresholds of a layer at a CETT; bisections of the CETT
 
@@ -45,16 +46,16 @@ class Measurement:
 
 
 def language_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed cross-entropy, fp32 0-d: position p of `logits` [batch, context, vocabulary] predicts label p + 1.
+    """Summed cross-entropy, fp32 0-d: each position of `logits` [batch, context, vocabulary] predicts its own label.
 
-    `labels` [batch, context]; -100 is not counted.
+    `labels` [batch, context], as a `Batch` has them; -100 is not counted.
     """
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum")
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
 
 
 def labeled(labels: Tensor) -> int:
     """How many labels of [batch, context] `language_loss` counts."""
-    return int((labels[:, 1:] != -100).sum())
+    return int((labels != -100).sum())
 
 
 def spread(rows: int, wanted: int | None) -> list[int]:
@@ -73,25 +74,26 @@ def run_passes(
     *,
     ended: Callable[[Batch], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    group: RowGroup | None = None,
 ) -> Tensor:
     """(summed loss, labeled tokens), fp64 [2] over all ranks, of the rows at `chosen`, `batch` at a time.
 
     see(layer, x1, data, **routing) is called for every FFN of every batch, as by `observing`; data is None where a rank
     without rows of its own goes through the forward pass for the others, which under ZeRO-3 need its weights. `ended`
-    is called after each batch of this rank.
+    is called after each batch of this rank. The ranks of a `group` share their rows, each with its stretch of them.
     """
     if not chosen:
         raise ValueError("there are no rows to measure: the text is shorter than one row of `context` tokens")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    share = [chosen[i : i + batch] for i in range(0, len(chosen), batch)][rank::world]
-    passes = math.ceil(math.ceil(len(chosen) / batch) / world)
+    group = group or no_sharing()
+    share = [chosen[i : i + batch] for i in range(0, len(chosen), batch)][group.number :: group.groups]
+    passes = math.ceil(math.ceil(len(chosen) / batch) / group.groups)
     totals = torch.zeros(2, dtype=torch.float64, device=model.device)
     was_training = model.training
     model.eval()
     for number in range(passes):
         own = number < len(share)
-        data = make_batch(rows, share[number] if own else chosen[:1]).to(model.device)
-        with observing(model, partial(see, data=data if own else None)):
+        data = group.cut(make_batch(rows, share[number] if own else chosen[:1])).to(model.device)
+        with group.attending(model), observing(model, partial(see, data=data if own else None)):
             logits = model(**data.inputs(), use_cache=False).logits
         if own:
             totals += torch.stack(
@@ -122,11 +124,13 @@ def measure(
     indices: Sequence[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
     activity: Activity | None = None,
+    group: RowGroup | None = None,
 ) -> Measurement:
     """Perplexity and sparsity of `model` on `rows` (see `Rows`), or on those named by `indices`.
 
     `activity` sees the same pass. Any model whose FFNs and activation are known can be measured, substituted or not.
-    In a process group every rank has to call it; each measures its share and all return the same result.
+    In a process group every rank has to call it; each measures its share (as a `group` says, without `activity`) and
+    all return the same result.
     Raises ValueError if there are no rows or the model has no FFN that is known.
     """
     statistics = new_statistics(len(find_ffns(model)), model.device)
@@ -139,7 +143,7 @@ def measure(
 
     chosen = list(range(len(rows))) if indices is None else list(indices)
     ended = None if activity is None else activity.ended
-    totals = run_passes(model, rows, chosen, batch, see, ended=ended, progress=progress)
+    totals = run_passes(model, rows, chosen, batch, see, ended=ended, progress=progress, group=group)
     add_ranks(statistics)
     if activity is not None:
         activity.add_ranks()

@@ -163,13 +163,14 @@ def header(
     device: torch.device,
 ) -> str:
     """What is about to run: model, batch arithmetic, stages, text; `step` is where it goes on."""
-    recipe, width = config.recipe, neurons(model.config)
+    recipe, width, size = config.recipe, neurons(model.config), config.sequence_parallel
     sequences, context = schedule.batch_at(recipe, 1)
     lines = [
         f"model    {config.model.source}: {_parameters(model) / 1e6:,.1f} M parameters, {substitution.layers} FFNs of "
         f"{width:,} neurons, {substitution.replaced} -> {substitution.activation}, control {recipe.control}",
-        f"batch    {sequences} rows x {context} tokens = micro_batch {config.micro_batch} x {ranks} ranks x "
-        f"accumulation {schedule.accumulation(sequences, config.micro_batch, ranks)}; {config.dtype}, "
+        f"batch    {sequences} rows x {context} tokens = micro_batch {config.micro_batch} x "
+        f"{f'{ranks // size} groups of {size} ranks' if size > 1 else f'{ranks} ranks'} x "
+        f"accumulation {schedule.accumulation(sequences, config.micro_batch, ranks // size)}; {config.dtype}, "
         f"ZeRO-{config.zero.stage}, {device_name(device, ranks)}, {torch.get_num_threads()} threads a rank",
     ]
     if any(stage.distillation.weight > 0 for stage in recipe.stages.values()):

@@ -20,6 +20,7 @@ from prosparse.ffn import (
     substitute,
 )
 from prosparse.sparsity import measure
+from prosparse.ulysses import RowGroup
 
 
 @dataclass
@@ -75,6 +76,7 @@ def shift(
     batch: int = 4,
     report: Callable[[Point | Allocation], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    group: RowGroup | None = None,
 ) -> Shifted:
     """Shift the threshold of every SparseFFN of `model`, in place; ReLU becomes FATReLU, dReLU is cut on its gate.
 
@@ -82,8 +84,8 @@ def shift(
     bisections, whose perplexity on `rows` is at most (1 + budget) times that of the model as it came; the model stays
     as it came if none is. `how.granularity` layer or neuron: the model stays as it came, and the thresholds that take
     the most zeros within the same budget, if any do, are returned, to be tried (`allocation.cut_apart`) and folded.
-    `report` is called with each point, `progress` as by `measure`. Every rank of a process group has to call it.
-    Raises ValueError if the model's activation has no threshold, or one above how.threshold.
+    `report` is called with each point, `progress` and `group` are as of `measure`. Every rank of a process group has to
+    call it. Raises ValueError if the model's activation has no threshold, or one above how.threshold.
     """
     first = sparse_ffns(model)[0]
     name, start = first.activation, first.param
@@ -105,7 +107,7 @@ def shift(
         nonlocal tokens
         if threshold not in points:
             set_threshold(threshold)
-            result = measure(model, rows, batch=batch, progress=progress)
+            result = measure(model, rows, batch=batch, progress=progress, group=group)
             tokens = result.tokens
             points[threshold] = Point(threshold, result.sparsity, result.perplexity)
             if report is not None:
@@ -127,7 +129,7 @@ def shift(
         set_threshold(chosen)
         return shifted
     set_threshold(start)
-    return _allocate(model, rows, how, batch, report, progress, limit, shifted)
+    return _allocate(model, rows, how, batch, report, progress, group, limit, shifted)
 
 
 def _allocate(
@@ -137,11 +139,12 @@ def _allocate(
     batch: int,
     report: Callable[[Point | Allocation], None] | None,
     progress: Callable[[int, int], None] | None,
+    group: RowGroup | None,
     limit: float,
     shifted: Shifted,
 ) -> Shifted:
     """The largest price, to a sixteenth, whose thresholds keep the perplexity within `limit`."""
-    costs = fisher_costs(model, rows, batch=batch, progress=progress)
+    costs = fisher_costs(model, rows, batch=batch, progress=progress, group=group)
     start = sparse_ffns(model)[0].param
     tried: dict[float, Allocation] = {}
 
@@ -150,7 +153,7 @@ def _allocate(
 
     def fits(exponent: float) -> bool:
         with cut_apart(model, thresholds(exponent)):
-            result = measure(model, rows, batch=batch, progress=progress)
+            result = measure(model, rows, batch=batch, progress=progress, group=group)
         tried[exponent] = Allocation(2.0**exponent, result.sparsity, result.perplexity)
         if report is not None:
             report(tried[exponent])

@@ -146,7 +146,7 @@ def train_stages(run: Run) -> bool:
         run.profiler.before(step)
         teaching, goal = run.teaching(span.stage.distillation), None
         factor = controller.factor(state.controller) if chain else schedule.l1_factor_mean(recipe, step, width)
-        window = accumulate(run.engine, context, rows, factor, run.poll, teaching, config.speed)
+        window = accumulate(run.engine, context, rows, factor, run.poll, teaching, config.speed, run.group)
         if config.guard.on_spike is not OnSpike.none:
             away = guard.deviations(state.guard, window.loss, config.guard)
             if away is not None and isfinite(window.loss) and away > config.guard.deviations:
@@ -165,7 +165,7 @@ def train_stages(run: Run) -> bool:
             left_out = f"rows {first}-{first + sequences - 1} left out"
             run.say(f"step {step} not applied, its loss or gradient is not finite: {left_out}")
             if skipped_in_a_row == config.guard.skipped_in_a_row:
-                places = diagnose(run.engine, context, rows, numbers, factor, teaching, config.speed)
+                places = diagnose(run.engine, context, rows, numbers, factor, teaching, config.speed, run.group)
                 raise shared(
                     RuntimeError(
                         f"{skipped_in_a_row} windows in a row were not finite, the last at {places}. If all "
@@ -235,7 +235,8 @@ def train_stages(run: Run) -> bool:
 
 def share_of(run: Run, first: int, sequences: int) -> list[range]:
     """This rank's micro-batches of the rows first .. first + sequences - 1, as row numbers."""
-    return schedule.share(first, sequences, run.config.micro_batch, run.rank, run.world)
+    group = run.group
+    return schedule.share(first, sequences, run.config.micro_batch, group.number, group.groups)
 
 
 def start_steering(run: Run, context: PenaltyContext, chain: str) -> dict:
@@ -259,13 +260,13 @@ def start_steering(run: Run, context: PenaltyContext, chain: str) -> dict:
         first, sequences = measured
         indices = range(first, first + sequences)
         return measure(
-            engine.module, mixture, batch=run.config.micro_batch, indices=indices, progress=run.poll
+            engine.module, mixture, batch=run.config.micro_batch, indices=indices, progress=run.poll, group=run.group
         ).sparsity
 
     def after(factor: float) -> float:
         for number, rows in enumerate(trained):
             data = [batch(mixture, share) for share in share_of(run, *rows)]
-            accumulate(engine, context, data, factor, run.poll, teaching, run.config.speed)
+            accumulate(engine, context, data, factor, run.poll, teaching, run.config.speed, run.group)
             rate = schedule.learning_rate(recipe, step + number)
             set_rate(engine, rate, schedule.weight_decay(recipe, step))
             engine.step()

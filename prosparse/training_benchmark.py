@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from prosparse import benchmarking, schedule
 from prosparse.config import Dtype
-from prosparse.data import Batch
+from prosparse.data import Batch, next_tokens
 from prosparse.ffn import sparse_ffns, substitute
 from prosparse.penalty import PenaltyContext, mean_abs_by_layer, new_statistics, sparsity_by_layer
 from prosparse.plotting import BLUE, GRAY, GREEN, VERMILION
@@ -291,7 +291,8 @@ def _own(config: Bench, name: str, turn: Turn) -> dict[str, Any]:
     def step(number: int) -> dict[str, Any]:
         first = number * sequences
         starts = range(first + rank * size, first + sequences, size * world)
-        batches = [Batch(ids, ids) for ids in (torch.stack([row(config, i + j) for j in range(size)]) for i in starts)]
+        rows = [torch.stack([row(config, i + j) for j in range(size)]) for i in starts]
+        batches = [Batch(ids, next_tokens(ids)) for ids in rows]
         _synchronize(device)
         began = time.perf_counter()
         window = accumulate(engine, context, batches, factor, speed=config.speed)

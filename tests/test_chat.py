@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from prosparse import tokenization
 from prosparse.chat import COUNTS, TEMPLATES, chat_template, pack, tokenize
 from prosparse.config import Auto, Data, Source, Template
-from prosparse.data import batch, mixture, open_prepared
+from prosparse.data import batch, mixture, next_tokens, open_prepared
 from prosparse.generation import _encode
 from prosparse.preparation import _prepare, prepare
 from prosparse.sources import documents
@@ -307,7 +307,7 @@ def test_a_batch_mixes_text_and_conversations():
     rows = [ROWS["text"][0], ROWS["packed"][0]]
     made = batch(rows, [0, 1])
     assert made.input_ids.tolist() == [[0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 0, 0]]
-    assert made.labels.tolist() == [[0, 1, 2, 3, 4, 5], [-100, 2, -100, 4, -100, -100]]
+    assert made.labels.tolist() == [[1, 2, 3, 4, 5, -100], [2, -100, 4, -100, -100, -100]]
     assert made.token_mask.tolist() == [[True] * 6, [True] * 4 + [False] * 2]
     assert made.position_ids.tolist() == [[0, 1, 2, 3, 4, 5], [0, 1, 0, 1, 0, 1]]
     assert made.to("cpu").inputs().keys() == {"input_ids", "position_ids"}
@@ -331,8 +331,8 @@ def test_the_loss_of_packed_documents_is_that_of_each_by_itself(make_data):
             starts = [*np.flatnonzero(row[2] == 0), int((row[2] >= 0).sum())]
             for start, end in pairwise(starts):
                 ids, wanted = (torch.from_numpy(part[start:end].astype(np.int64))[None] for part in row[:2])
-                alone.append(language_loss(model(input_ids=ids, use_cache=False).logits, wanted))
-                labels += int((wanted != -100).sum())
+                alone.append(language_loss(model(input_ids=ids, use_cache=False).logits, next_tokens(wanted)))
+                labels += int((wanted[:, 1:] != -100).sum())
     assert len(alone) == 60 and packed.item() == pytest.approx(torch.stack(alone).sum().item(), rel=1e-5)
     assert abs(together - packed) > 1e-3 * packed  # documents that see each other
     result = measure(model, rows)

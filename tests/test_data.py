@@ -425,7 +425,11 @@ def test_a_batch_is_the_rows_at_its_indices_as_tensors(make_data, tiny_tokenizer
     rows = mixture(prepared.train, {"a": 1.0}, seed=0)
     made = batch(rows, range(5, 9))
     assert made.input_ids.tolist() == [rows[i].tolist() for i in range(5, 9)]
-    assert (made.labels == made.input_ids).all() and made.token_mask is None
+    assert (
+        (made.labels[:, :-1] == made.input_ids[:, 1:]).all()
+        and (made.labels[:, -1] == -100).all()
+        and made.token_mask is None
+    )
     assert batch(prepared.held_out, [1]).to("cpu").input_ids.tolist() == [prepared.held_out[1].tolist()]
     start = time.perf_counter()
     batch(rows, range(3000))

@@ -4,7 +4,6 @@ In: logits in the model's dtype, labels. Out: the summed cross-entropy, and its 
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}  # fp32 probabilities held at a time: a CPU's share of its cache
@@ -45,14 +44,13 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor, keep_logits: bool = False) -> Tensor:
-    """Summed cross-entropy, fp32 0-d: position p of `logits` [batch, context, vocabulary] predicts label p + 1.
+    """Summed cross-entropy, fp32 0-d: each position of `logits` [batch, context, vocabulary] predicts its own label.
 
     As `sparsity.language_loss`; -100 is not counted. Backward runs once. Where the logits come straight from a
     projection, and unless `keep_logits`, their memory holds the gradient afterwards.
     """
-    shifted = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
     node = logits.grad_fn
     while type(node).__name__ in IDENTITIES:
         node = node.next_functions[0][0]  # type: ignore[union-attr]
     overwrite = not keep_logits and type(node).__name__ in GIVES_AWAY
-    return _CrossEntropy.apply(logits.flatten(0, 1), shifted, overwrite)
+    return _CrossEntropy.apply(logits.flatten(0, 1), labels.flatten(), overwrite)
