@@ -19,6 +19,7 @@ from prosparse.config import (
     L1Shape,
     Lr,
     LrSchedule,
+    Offload,
     PenaltyUnit,
     Recipe,
     Shift,
@@ -219,6 +220,7 @@ def validate_train(config: Train) -> None:
     require(config.micro_batch >= 1, f"micro_batch is {config.micro_batch}: give at least 1")
     _validate_sequences(config)
     require(config.zero.stage in (1, 2, 3), f"zero.stage is {config.zero.stage}: choose 1, 2 or 3")
+    _validate_offload(config)
     require(config.save.keep >= 2, f"save.keep is {config.save.keep}: at least 2 complete checkpoints are kept")
     require(config.save.every >= 1, f"save.every is {config.save.every}: give at least 1")
     every = config.save.keep_every
@@ -275,6 +277,19 @@ def _validate_sequences(config: Train) -> None:
     require(
         config.speed.compile is Compile.none,
         f"sequence_parallel={size} and speed.compile=layers are not tried together: set speed.compile=none",
+    )
+
+
+def _validate_offload(config: Train) -> None:
+    zero = config.zero
+    require(
+        zero.stage == 3 or not zero.offload_weights,
+        f"zero.offload_weights moves the weights of ZeRO-3, and zero.stage is {zero.stage}: set zero=zero3_offload",
+    )
+    require(
+        zero.offload is not Offload.nvme,
+        "zero.offload=nvme: checkpoints of what lies in DeepSpeed's swap files are not written yet, so a run could not "
+        "be resumed: set zero.offload=cpu",
     )
 
 

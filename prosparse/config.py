@@ -61,6 +61,14 @@ class Auto(StrEnum):
     none = "none"
 
 
+class Offload(StrEnum):
+    """Where the fp32 weights and Adam's moments lie, and are stepped on the CPU."""
+
+    none = "none"  # beside the model
+    cpu = "cpu"  # in host memory
+    nvme = "nvme"  # refused, with the reason
+
+
 class Implementation(StrEnum):
     """Of the operators that decode."""
 
@@ -320,6 +328,8 @@ class Data:
 @dataclass
 class Zero:
     stage: int = 2
+    offload: Offload = Offload.none
+    offload_weights: bool = False  # the model's own weights to host memory too; ZeRO-3 only
     overlap_comm: bool | None = None  # null: off below stage 3, DeepSpeed's default there
     extra: dict[str, Any] = field(default_factory=dict)  # passed on to zero_optimization
 

@@ -5,9 +5,11 @@ split over micro-batches and ranks.
 """
 
 import json
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +17,11 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from prosparse import schedule
-from prosparse.config import Distillation, Dtype, Loss, Speed, Train
+from prosparse.config import Distillation, Dtype, Loss, Offload, Speed, Train
 from prosparse.data import Batch
 from prosparse.distillation import Teacher, check_head, divergence, freeze, take_head
 from prosparse.ffn import set_penalty
-from prosparse.group import gathered, on_any_rank, shared, summed
+from prosparse.group import agree, gathered, on_any_rank, shared, summed
 from prosparse.guard import watching
 from prosparse.kernels.loss import summed_cross_entropy
 from prosparse.penalty import PenaltyContext
@@ -258,11 +260,18 @@ def deepspeed_config(config: Train, world: int) -> dict:
     groups = world // size  # every stage has to divide among them
     steps = [schedule.accumulation(batch, config.micro_batch, groups) for batch in batches]
     overlap = zero.overlap_comm if zero.overlap_comm is not None else (None if zero.stage == 3 else False)
-    own = {"stage": zero.stage} | ({} if overlap is None else {"overlap_comm": overlap})
+    own: dict[str, Any] = {"stage": zero.stage} | ({} if overlap is None else {"overlap_comm": overlap})
+    if zero.offload is not Offload.none:
+        own["offload_optimizer"] = {"device": str(zero.offload)}
+    if zero.offload_weights:
+        own["offload_param"] = {"device": "cpu"}
     buckets = {"reduce_bucket_size": BUCKET} if zero.stage < 3 else {}
     for key in zero.extra:
         if key in ("stage", "overlap_comm"):
             raise ValueError(f"zero.extra.{key} contradicts zero.{key}: set zero.{key} instead")
+        if key in ("offload_optimizer", "offload_param"):
+            name = "offload" if key == "offload_optimizer" else "offload_weights"
+            raise ValueError(f"zero.extra.{key} contradicts zero.{name}: set zero.{name} instead")
         if key in ("zero_hpz_partition_size", "mics_shard_size"):
             raise ValueError(f"zero.extra.{key}: a second copy of the weights, which a resume does not fill: remove it")
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -279,7 +288,6 @@ def deepspeed_config(config: Train, world: int) -> dict:
         "gradient_clipping": recipe.optimizer.clip,
         "zero_optimization": own | buckets | zero.extra,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # offloaded states are stepped by torch's AdamW too
         "steps_per_print": 2**31,
     }
 
@@ -303,25 +311,62 @@ def less_memory(config: Train, world: int) -> str:
         return f"micro_batch is {config.micro_batch} already: set checkpointing=non_reentrant"
     if config.zero.stage < 3:
         return f"set zero=zero{config.zero.stage + 1}, or start more ranks (a checkpoint goes on with either)"
-    return "start more ranks (a checkpoint goes on with them), or shorten recipe.batch.context in a new run"
+    if config.zero.offload is Offload.none:
+        return "set zero=zero3_offload, or start more ranks (a checkpoint goes on with either)"
+    if not config.zero.offload_weights:
+        return "set zero.offload_weights=true, or start more ranks (a checkpoint goes on with either)"
+    return (
+        "start more ranks, more of which share a row (sequence_parallel; a checkpoint goes on with them), or shorten "
+        "recipe.batch.context in a new run"
+    )
 
 
-def _optimizer(config: Train, model: PreTrainedModel) -> torch.optim.AdamW:
-    """AdamW; a group says whether it decays: matrices do, norms and biases do not."""
+def _optimizer(config: Train, model: PreTrainedModel) -> torch.optim.Optimizer:
+    """AdamW; a group says whether it decays: matrices do, norms and biases do not. DeepSpeed's own where it steps in
+    host memory."""
     settings = config.recipe.optimizer
     groups: tuple[list[Any], list[Any]] = ([], [])
     for parameter in model.parameters():
         dimensions = len(getattr(parameter, "ds_shape", parameter.shape))  # ds_shape: partitioned by ZeRO-3
         groups[0 if dimensions >= 2 else 1].append(parameter)
     options: list[dict] = [{"params": group, "decays": group is groups[0]} for group in groups if group]
-    return torch.optim.AdamW(
-        options,
-        lr=config.recipe.lr.peak,
-        betas=(settings.betas[0], settings.betas[1]),
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
+    how: dict[str, Any] = {"lr": config.recipe.lr.peak, "betas": (settings.betas[0], settings.betas[1])}
+    how |= {"eps": settings.eps, "weight_decay": settings.weight_decay}
+    if config.zero.offload is Offload.none:
+        return torch.optim.AdamW(options, **how, fused=True)
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam(options, **how, adamw_mode=True, fp32_optimizer_states=True)
+
+
+def build_optimizer(config: Train) -> None:
+    """Compile what steps in host memory, once a host and torch version (all ranks call it).
+
+    ValueError where it cannot be compiled. torch's lock file, at which one rank of a host waits for another, outlives a
+    process that is killed while it compiles.
+    """
+    if config.zero.offload is Offload.none:
+        return
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+    from torch.utils.cpp_extension import _get_build_directory
+
+    builder = CPUAdamBuilder()
+    folder = Path(_get_build_directory(builder.name, verbose=False))
+
+    def build() -> None:
+        if not any(folder.glob("*.so")):
+            text = f"compiling DeepSpeed's CPU Adam (minutes, once); if it does not end: remove {folder}/lock"
+            print(text, file=sys.stderr, flush=True)
+        try:
+            builder.load(verbose=False)
+        except Exception as error:  # of the compiler, of ninja, of DeepSpeed's look at the machine
+            why = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ValueError(
+                f"zero.offload={config.zero.offload}: DeepSpeed's CPU Adam cannot be compiled here ({why}): install "
+                "g++ and ninja, or set zero.offload=none"
+            ) from error
+
+    agree(build)
 
 
 def _counts(data: Batch) -> list[int]:

@@ -28,6 +28,7 @@ from prosparse.data import Prepared, mixture, open_prepared
 from prosparse.distillation import Teacher, check_vocabulary
 from prosparse.engine import (
     Teaching,
+    build_optimizer,
     check_packing,
     deepspeed_config,
     join_deepspeed,
@@ -144,6 +145,7 @@ def open_run(config: Train) -> Run:
     folder = Path(config.run_dir).expanduser()
     same_everywhere(config)
     agree(lambda: deepspeed_config(config, world))
+    build_optimizer(config)
     lock = checkpoint.claim(folder)
     try:
         return _open_claimed(config, folder, rank, world, device, lock)

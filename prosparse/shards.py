@@ -79,7 +79,7 @@ def adam_steps(engine: Any) -> float:
 
 def set_adam_steps(engine: Any, steps: float) -> None:
     for state in engine.optimizer.optimizer.state.values():
-        state["step"].fill_(steps)
+        state["step"] = torch.full_like(state["step"], steps) if torch.is_tensor(state["step"]) else round(steps)
 
 
 def forget_moments(engine: Any) -> None:
@@ -116,8 +116,11 @@ def refresh(engine: Any) -> None:
 
 def _moments(inner: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]:
     state = inner.state[flat]
-    if "exp_avg" not in state:  # as torch.optim.AdamW(fused=True) makes them at its first step
-        state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+    if (
+        "exp_avg" not in state
+    ):  # as torch.optim.AdamW(fused=True), or DeepSpeed's on the CPU, makes them at a first step
+        fused = isinstance(inner, torch.optim.AdamW)
+        state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device) if fused else 0
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat.data), torch.zeros_like(flat.data)
     return {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
 

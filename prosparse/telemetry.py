@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prosparse import schedule
-from prosparse.config import Tracking, Train, Wandb
+from prosparse.config import Offload, Tracking, Train, Wandb
 from prosparse.data import Prepared, epochs
 from prosparse.ffn import Substitution, neurons
 
@@ -171,7 +171,8 @@ def header(
         f"batch    {sequences} rows x {context} tokens = micro_batch {config.micro_batch} x "
         f"{f'{ranks // size} groups of {size} ranks' if size > 1 else f'{ranks} ranks'} x "
         f"accumulation {schedule.accumulation(sequences, config.micro_batch, ranks // size)}; {config.dtype}, "
-        f"ZeRO-{config.zero.stage}, {device_name(device, ranks)}, {torch.get_num_threads()} threads a rank",
+        f"ZeRO-{config.zero.stage}{_offload(config)}, {device_name(device, ranks)}, {torch.get_num_threads()} "
+        "threads a rank",
     ]
     if any(stage.distillation.weight > 0 for stage in recipe.stages.values()):
         lines.append(f"teacher  {config.teacher or 'the base model'}")
@@ -195,6 +196,13 @@ def header(
         f"run      {config.run_dir}: " + (f"goes on after step {step} of {total}" if step else f"{total} steps")
     )
     return "\n".join(lines)
+
+
+def _offload(config: Train) -> str:
+    """What lies where, in words."""
+    zero = config.zero
+    masters = "" if zero.offload is Offload.none else " with masters and moments in host memory"
+    return masters + " and weights in host memory" * zero.offload_weights
 
 
 def text_lines(config: Train, rows: Mapping[int, Mapping[str, Sized]]) -> list[str]:

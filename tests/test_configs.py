@@ -71,6 +71,12 @@ BAD = [
     ("dtype=fp8", "expected one of"),
     ("micro_batch=0", "micro_batch is 0"),
     ("zero.stage=0", "zero.stage is 0"),
+    ("zero.offload_weights=true", "zero.offload_weights moves the weights of ZeRO-3, and zero.stage is 2"),
+    ("zero.offload=nvme", "zero.offload=nvme: checkpoints of what lies in DeepSpeed's swap files are not written"),
+    ("sequence_parallel=0", "sequence_parallel is 0"),
+    ("sequence_parallel=3", "sequence_parallel is 3, which does not divide a context of 256 tokens"),
+    (("sequence_parallel=2", "attention=eager"), "sequence_parallel=2 knows no attention=eager: choose sdpa, flash"),
+    (("sequence_parallel=2", "speed.compile=layers"), "sequence_parallel=2 and speed.compile=layers are not tried"),
     ("save.keep=1", "save.keep is 1"),
     ("until=nope", "until=nope"),
     ("recipe.lr.schedule=wsd", "recipe.lr.decay_steps"),
@@ -104,7 +110,7 @@ def test_stages_that_name_no_data_may_read_conversations_if_there_is_nothing_els
 
 @pytest.mark.parametrize(("override", "message"), BAD)
 def test_a_mistake_is_one_line_that_names_the_key_and_exit_code_2(override, message, capsys):
-    assert main(["train", "experiment=demo", override]) == 2
+    assert main(["train", "experiment=demo", *([override] if isinstance(override, str) else override)]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and error.startswith("prosparse train: ")
 
