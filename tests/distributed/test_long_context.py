@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from conftest import make_tiny, metrics, tiny_llama, tiny_overrides, trained
-from transformers import LlamaConfig, OPTConfig, OPTForCausalLM
+from transformers import FalconConfig, FalconForCausalLM, LlamaConfig
 
 from prosparse.ulysses import check_divisible
 
@@ -74,13 +74,13 @@ def test_four_ranks_are_two_groups_and_fewer_key_heads_than_ranks_are_repeated(g
 def test_what_cannot_be_shared_is_refused_in_one_line_before_it_trains(go, tiny, tmp_path):
     torch.manual_seed(0)
     chat = [f"data.sources.files.path={tiny['chat']}", "data.sources.files.messages=messages", "data.template=chatml"]
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300, "ffn_dim": 64}
-    config = OPTConfig(**sizes, word_embed_proj_dim=32, max_position_embeddings=64, bos_token_id=0, eos_token_id=1)
-    opt = make_tiny(tmp_path, OPTForCausalLM(config))["model"]
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300}
+    config = FalconConfig(**sizes, bos_token_id=0, eos_token_id=1)
+    own_attention = make_tiny(tmp_path, FalconForCausalLM(config))["model"]
     for overrides, words in {
         ("sequence_parallel=4",): "sequence_parallel is 4, which does not divide the 2 ranks: choose 1, 2",
         (*chat, "recipe.batch.context=64"): "choose attention=flash_attention_2 with micro_batch=1, or",
-        (f"model.source={opt}",): "sequence_parallel=2: opt ",
+        (f"model.source={own_attention}",): "sequence_parallel=2",
     }.items():
         text = go("refused", SHARED, *overrides, code=2)
         lines = [line for line in text.splitlines() if "prosparse train: " in line]
