@@ -45,7 +45,7 @@ def test_a_checkpoint_goes_into_host_memory_and_out_of_it_again(go):
 
 
 def test_moments_can_be_forgotten_and_a_sweep_taken_back_in_host_memory(go):
-    how = ["stage@recipe.stages.rise=target", "recipe.stages.rise.l1.sparsity=0.6", "until=rise"]
+    how = ["stage@recipe.stages.rise=target", "recipe.stages.rise.l1={factor: 0, sparsity: 0.6}", "until=rise"]
     how += ["recipe.stages.rise.reset_optimizer=true"]
     go("steered", *how)
     go("steered offloaded", *how, "zero=zero3_offload")
