@@ -261,11 +261,15 @@ def claim(run_dir: Path) -> int | None:
 
     def look() -> None:
         if not probe.is_file() or probe.read_text() != token:
-            raise ValueError(f"run_dir={run_dir} is not the folder that rank 0 sees: choose one that all hosts share")
+            here = f"run_dir={run_dir} on host {socket.gethostname()}"
+            raise ValueError(f"{here} is not the folder that rank 0 sees: choose one that all hosts share")
 
     token, lock = from_rank_zero(write)
     try:
         agree(look)
+    except BaseException:
+        release(run_dir, lock if rank_and_world()[0] == 0 else None)
+        raise
     finally:
         if rank_and_world()[0] == 0:
             probe.unlink()
@@ -383,12 +387,9 @@ def supersede(run_dir: Path, step: int) -> None:
     """Set aside every checkpoint of a later step than the one a run goes on from, as step-N.superseded, -2, ..."""
     for folder in _folders(run_dir):
         if int(folder.name[5:]) > step:
-            names = [
-                folder.with_suffix(".superseded"),
-                *(folder.with_suffix(f".superseded-{n}") for n in range(2, 1000)),
-            ]
-            aside = next(name for name in names if not name.exists())
-            folder.rename(aside)
+            numbers = ["", *(f"-{n}" for n in range(2, 1000))]
+            names = [folder.with_suffix(f".superseded{number}") for number in numbers]
+            folder.rename(aside := next(name for name in names if not name.exists()))
             print(f"{folder} is of a later step: set aside as {aside.name}", file=sys.stderr, flush=True)
 
 

@@ -137,6 +137,14 @@ class Compile(StrEnum):
     layers = "layers"  # each decoder layer by torch.compile, its FFN's own kernel left out
 
 
+class Preflight(StrEnum):
+    """What comes of the check before a run."""
+
+    run = "run"  # what is wrong is refused
+    warn = "warn"  # other versions and GPUs in use are told, and the run goes on
+    only = "only"  # nothing else is done
+
+
 class OnSpike(StrEnum):
     none = "none"
     log = "log"
@@ -366,6 +374,7 @@ class Guard:
 class Timeouts:
     """How long a collective waits for the other ranks before the run ends."""
 
+    join_seconds: int = 600  # until all ranks have come together and the preflight is done
     start_seconds: int = 7200  # while the run starts, saves, exports
     steady_seconds: int = 600  # between steps
 
@@ -446,6 +455,7 @@ class Train:
     device: str = "auto"  # auto | cpu | cuda
     threads: int | None = None  # CPU threads of one rank; null: the machine's cores divided by its ranks
     seed: int = 0
+    preflight: Preflight = Preflight.run
     until: str | None = None  # a stage's name or `shift`: stop there; started again the run goes on
     resume: str = "auto"  # auto | must | never | path of a checkpoint
     accept_versions: bool = False  # go on from a checkpoint of another major version of torch or DeepSpeed

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from prosparse.meeting import meet
 from prosparse.signals import Stopped, expendable
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
@@ -32,12 +33,13 @@ _control: Any = None  # a gloo group on the CPU, for what the ranks have to agre
 
 
 def start_group(
-    choice: str, threads: int | None, seed: int, timeout_seconds: float = 7200
+    choice: str, threads: int | None, seed: int, timeout_seconds: float = 7200, join_seconds: float = 600
 ) -> tuple[int, int, torch.device]:
     """Join the launcher's process group, or make one of a single rank; returns (rank, ranks, device).
 
-    `choice`: auto, cpu or cuda; `threads`: of this rank on the CPU, None for its share of the cores. Comes before the
-    first import of deepspeed, which looks at DS_ACCELERATOR. ValueError if a GPU was asked for and there is none.
+    `choice`: auto, cpu or cuda; `threads`: of this rank on the CPU, None for its share of the cores; `join_seconds`:
+    how long the ranks wait for each other here. Comes before the first import of deepspeed, which looks at
+    DS_ACCELERATOR. ValueError if a GPU was asked for and there is none, and as `meet` does.
     """
     global _control
     environment = os.environ
@@ -56,6 +58,11 @@ def start_group(
     cuda = wanted == "cuda" or (wanted != "cpu" and torch.cuda.is_available())
     if cuda and not torch.cuda.is_available():
         raise ValueError("device is cuda, but torch sees no GPU here: set device=cpu or install a CUDA build of torch")
+    if cuda and int(environment["LOCAL_RANK"]) >= torch.cuda.device_count():
+        raise ValueError(
+            f"rank {environment['RANK']} is number {environment['LOCAL_RANK']} of its host and sees "
+            f"{torch.cuda.device_count()} GPUs: start a rank a GPU (Slurm: --gpus-per-node, not --gpus-per-task)"
+        )
     environment["DS_ACCELERATOR"] = "cuda" if cuda else "cpu"
     torch.manual_seed(seed)
     device = torch.device("cuda", int(environment["LOCAL_RANK"])) if cuda else torch.device("cpu")
@@ -64,7 +71,11 @@ def start_group(
     if not dist.is_initialized():
         timeout = timedelta(seconds=timeout_seconds)
         with expendable():
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+            store, rank, world = meet(backend := "nccl" if cuda else "gloo", join_seconds)
+            store.set_timeout(timeout)
+            dist.init_process_group(
+                backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world, timeout=timeout
+            )
             _control = dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD
     patience(timeout_seconds)
     cores = os.sched_getaffinity(0)
@@ -187,15 +198,6 @@ def gathered(value: T) -> list[T]:
         values = [None] * dist.get_world_size()
         dist.all_gather_object(values, value)
     return values
-
-
-def same_everywhere(config: Any) -> None:
-    """Raise ValueError on every rank unless all of them were started with an equal config."""
-    configs = gathered(config)
-    odd = [rank for rank, other in enumerate(configs) if other != configs[0]]
-    if odd:
-        told = f"the config of rank {odd[0]} is not that of rank 0: start every rank with the same overrides"
-        raise shared(ValueError(told))
 
 
 # --- the end of a group -----------------------------------------------------------------------------------------------

@@ -38,9 +38,10 @@ from prosparse.engine import (
     stop_engine,
 )
 from prosparse.ffn import activation_key, activation_of, substitute
-from prosparse.group import agree, from_rank_zero, on_any_rank, same_everywhere, shared, start_group
+from prosparse.group import agree, from_rank_zero, on_any_rank, patience, shared, start_group
 from prosparse.models.formats import TRAINED_WITH_BOS, released_config
 from prosparse.models.load import load_config, load_model, load_tokenizer
+from prosparse.preflight import preflight
 from prosparse.preparation import begins_with_bos, prepare, tokenizer_digest
 from prosparse.signals import Stopped, interruptible
 from prosparse.speed import Profiler, described, make_ready, thaw_gc
@@ -136,14 +137,35 @@ class Run:
         ].held_out
 
 
+def join(config: Train) -> tuple[int, int, torch.device, dict]:
+    """The process group and its preflight: (rank, ranks, device, what the preflight found)."""
+    wait = config.timeouts.join_seconds
+    rank, world, device = start_group(config.device, config.threads, config.seed, wait, wait)
+    found = preflight(config, device)
+    patience(config.timeouts.start_seconds)
+    return rank, world, device, found
+
+
+def only_preflight(config: Train) -> dict:
+    """preflight=only: the ranks compare each other, and whether all see the run folder and the base model."""
+    rank, *_, found = join(config)
+    folder = Path(config.run_dir).expanduser()
+    new = from_rank_zero(lambda: not folder.exists())
+    checkpoint.release(folder, checkpoint.claim(folder))
+    if new and rank == 0:
+        (folder / "checkpoints").rmdir()
+        folder.rmdir()
+    agree(lambda: _check_model(config, load_config(config.model.source, **_opening(config))))
+    return {"run_dir": str(folder), "preflight": found}
+
+
 def open_run(config: Train) -> Run:
     """Everything before the first step: group, folder, text, model, substitution, engine, state."""
-    rank, world, device = start_group(config.device, config.threads, config.seed, config.timeouts.start_seconds)
+    rank, world, device, _ = join(config)
     warnings.filterwarnings("ignore", ".*all_gather_into_tensor", FutureWarning)  # DeepSpeed's, in every step
     transformers_logging.set_verbosity_error()
     join_deepspeed(device)
     folder = Path(config.run_dir).expanduser()
-    same_everywhere(config)
     agree(lambda: deepspeed_config(config, world))
     build_optimizer(config)
     lock = checkpoint.claim(folder)

@@ -28,6 +28,7 @@ from prosparse.ffn import Substitution, neurons
 
 # Dense bf16 peaks in FLOP/s, from the vendor's data sheets.
 PEAK_FLOPS = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H200": 989e12}
+PACKAGES = ("prosparse", "torch", "deepspeed", "transformers", "datasets", "grain")  # that compute a result
 WANDB_SECONDS = 60  # until wandb counts as out of reach
 AFTER_TRAINING = ("shifted", "recovered", "exported")  # evaluations of these are no points of the training's own curve
 
@@ -234,7 +235,7 @@ def text_lines(config: Train, rows: Mapping[int, Mapping[str, Sized]]) -> list[s
 @cache
 def versions() -> dict[str, str]:
     """Versions of what computes the result, and the git commit when run from a clone."""
-    found = {name: version(name) for name in ("prosparse", "torch", "deepspeed", "transformers", "datasets", "grain")}
+    found = {name: version(name) for name in PACKAGES}
     home = Path(__file__).parents[1]
     if (home / ".git").exists():
         head = subprocess.run(["git", "-C", home, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)

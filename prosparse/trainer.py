@@ -15,7 +15,7 @@ import torch
 
 from prosparse import controller, guard, schedule, shards
 from prosparse.allocation import save_thresholds
-from prosparse.config import OnSpike, Train
+from prosparse.config import OnSpike, Preflight, Train
 from prosparse.data import batch
 from prosparse.ending import end_training, evaluate, finish
 from prosparse.engine import accumulate, diagnose, less_memory, out_of_memory, set_rate
@@ -30,6 +30,7 @@ from prosparse.run import (
     free_engine,
     go_back,
     load_teacher,
+    only_preflight,
     open_run,
     start_model,
 )
@@ -51,11 +52,14 @@ def train(config: Train) -> dict:
     """Run `config` to its end, or to `config.until`; started again with the same config it goes on.
 
     Every rank of a launcher's group calls it; without a launcher it is a group of one. Returns the report, or
-    {"run_dir", "stopped_at", "step"} if it stopped at a stage, with "stopped_by" if evaluate.stop ended it there.
+    {"run_dir", "stopped_at", "step"} if it stopped at a stage, with "stopped_by" if evaluate.stop ended it there, or
+    {"run_dir", "preflight"} with preflight=only.
     Raises ValueError for what a user can mend, OSError if a checkpoint cannot be written, RuntimeError for faults of
     the numbers, and Stopped, after it has saved, if it was asked to stop.
     """
     config = replace(config, recipe=schedule.scaled(config.recipe))
+    if config.preflight is Preflight.only:
+        return only_preflight(config)
     try:
         return _train(config)
     except Exception as error:

@@ -7,7 +7,7 @@ import sys
 from conftest import ROOT
 
 FLOORS = [
-    {"activations", "config", "verb_configs", "checks", "verb_checks", "signals", "group"},
+    {"activations", "config", "verb_configs", "checks", "verb_checks", "signals", "meeting", "group"},
     {"schedule", "penalty", "kernels", "shards", "guard", "controller", "checkpoint"},
     {"ffn", "decoding", "chat", "sources"},
     {"models", "data", "ulysses", "tokenization", "packing", "preparation"},
@@ -15,7 +15,7 @@ FLOORS = [
     {"allocation", "threshold", "predictor", "vllm_plugin", "distillation", "telemetry", "generation"},
     {"records", "card", "page", "plotting", "reporting"},
     {"exporters", "evaluation", "harness"},
-    {"speed", "engine"},
+    {"speed", "engine", "preflight"},
     {"run", "tasks", "ending", "trainer", "benchmarking", "decoding_benchmark"},
     {"verbs"},
     {"cli"},
