@@ -1,4 +1,7 @@
-"""Runs over two hosts: two network namespaces on one machine, joined by a virtual cable, and the real launchers."""
+"""Runs over two hosts: two network namespaces on one machine, joined by a virtual cable, and the real launchers.
+
+Each has a host name of its own, and an /etc/hosts with both.
+"""
 
 import json
 import os
@@ -19,7 +22,7 @@ CABLE = "cable0"  # the network device of either host
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 PORT = "29500"  # a namespace has ports of its own
 BITWISE = ("step", "window", "stage", "tokens", "loss", "l1", "lr", "sparsity_by_layer", "grad_norm")
-STEPS = 3
+STEPS = 5
 BIN = Path(sys.executable).parent
 
 
@@ -69,9 +72,14 @@ class Launch:
     def start(self, host: str, log: Path, command: list[str], **environment: str) -> None:
         own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": CABLE}
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+        (table := log.with_name("hosts")).write_text(
+            "127.0.0.1 localhost\n" + "".join(f"{address} host-{n}\n" for n, address in enumerate(ADDRESSES))
+        )
+        name = 'hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
+        named = ["unshare", "--uts", "sh", "-c", name, f"host-{host[-1]}", str(table)]
         with log.open("w") as file:  # exec: what ip becomes is the command itself, under the same process id
             process = subprocess.Popen(
-                ["ip", "netns", "exec", host, *command],
+                ["ip", "netns", "exec", host, *named, *command],
                 cwd=ROOT, env=inherited | own | environment, stdout=file, stderr=subprocess.STDOUT,
             )  # fmt: skip
         self.processes.append(process)
@@ -82,7 +90,17 @@ class Launch:
         return [process.wait(timeout=240) for process in self.processes]
 
     def told(self) -> str:
-        return "\n".join(log.read_text()[-3000:] for log in self.logs)
+        return "\n".join(log.read_text()[-3000:] for log in self.logs) + "".join(map(said, self.logs))
+
+
+def each_rank(log: Path) -> Path:
+    """The folder for the logs of a host's ranks, beside that of its launcher."""
+    return log.with_name(f"{log.stem}-ranks")
+
+
+def said(log: Path) -> str:
+    """What the one rank of a host wrote into files of its own."""
+    return "".join(path.read_text() for path in sorted(each_rank(log).rglob("*.log")))
 
 
 Command = tuple[list[str], dict[str, str]]
@@ -90,6 +108,7 @@ Command = tuple[list[str], dict[str, str]]
 
 def torchrun(node: int, folder: Path) -> Command:
     where = [f"--master-addr={ADDRESSES[0]}", f"--master-port={PORT}", f"--node-rank={node}"]
+    where += ["--log-dir", str(each_rank(folder / f"{node}.log")), "--redirects", "3"]
     return [str(BIN / "torchrun"), "--nnodes=2", "--nproc-per-node=1", *where], {}
 
 
@@ -97,6 +116,7 @@ def deepspeed(node: int, folder: Path) -> Command:
     """With --no_ssh the names in the hostfile are labels, which nothing resolves."""
     (hostfile := folder / "hostfile").write_text("node-0 slots=1\nnode-1 slots=1\n")
     where = ["--master_addr", ADDRESSES[0], "--master_port", PORT, "--node_rank", str(node)]
+    where += ["--enable_each_rank_log", str(each_rank(folder / f"{node}.log"))]
     return [str(BIN / "deepspeed"), "--hostfile", str(hostfile), "--no_ssh", *where], {}
 
 
@@ -110,8 +130,8 @@ def srun(node: int, folder: Path, hosts: int = 2) -> Command:
 
 
 def overrides(tiny: dict[str, Path], run_dir: Path) -> list[str]:
-    """Three steps of a first stage, and a second one that does not end by itself."""
-    endless = ["recipe.stages.rise.steps=1000000", "save.every=1000000"]
+    """Five steps of a first stage, and a second one that does not end by itself."""
+    endless = [f"recipe.stages.substitution.steps={STEPS}", "recipe.stages.rise.steps=1000000", "save.every=1000000"]
     return [*tiny_overrides(tiny, run_dir), "evaluate.every=0", "evaluate.rows=2", *endless]
 
 
@@ -147,11 +167,14 @@ def test_two_hosts_train_bit_for_bit_what_one_host_trains(
     with Launch() as launch:
         for node, host in enumerate(hosts):
             command, environment = launcher(node, tmp_path)
-            arguments = ["launch/train.py", *overrides(tiny, tmp_path / "run"), "until=substitution"]
+            tracked = ["tracking=wandb", "tracking.wandb=offline"] * (launcher is deepspeed)
+            arguments = ["launch/train.py", *overrides(tiny, tmp_path / "run"), "until=substitution", *tracked]
             launch.start(host, tmp_path / f"{node}.log", [*command, *arguments], **environment)
         assert launch.wait() == [0, 0], launch.told()
-    assert "x 2 ranks x" in launch.logs[0].read_text()  # the header, which rank 0 prints
-    assert "x 2 ranks x" not in launch.logs[1].read_text()
+    one, other = map(said, launch.logs)
+    for words in ("preflight 2 ranks on 2 hosts in ", "x 2 ranks x", "substitution  loss"):  # of rank 0 alone
+        assert words in one and words not in other, launch.told()
+    assert len(list((tmp_path / "run").glob("wandb/offline-run-*"))) == (launcher is deepspeed), launch.told()
     # In each step a rank sends at least its half of the new weights, in bf16; the file holds them in fp32.
     least = STEPS * (tiny["model"] / "model.safetensors").stat().st_size // 4
     assert all(sent(host) - old > least for host, old in zip(hosts, before, strict=True))
@@ -175,3 +198,36 @@ def test_under_srun_a_rank_whose_peer_on_the_other_host_is_killed_ends_by_itself
         assert survivor.wait(timeout=60) == 1, launch.told()
     assert trained(tmp_path / "run")[:STEPS] == on_one_host
     assert "rank 1 ended without a word" in launch.logs[0].read_text()
+
+
+def test_another_config_on_the_second_host_is_refused_by_name(hosts, tiny, tmp_path):
+    with Launch() as launch:
+        for node, host in enumerate(hosts):
+            command, environment = deepspeed(node, tmp_path)
+            arguments = ["launch/train.py", *overrides(tiny, tmp_path / "run"), f"recipe.lr.peak={1e-3 / (node + 1)}"]
+            launch.start(host, tmp_path / f"{node}.log", [*command, *arguments], **environment)
+        assert launch.wait() == [2, 2], launch.told()
+    named = "rank 1 on host host-1: recipe.lr.peak is 0.0005, elsewhere 0.001: start every rank with the same overrides"
+    assert f"prosparse train: preflight: {named}\n" in said(launch.logs[0]), launch.told()
+    assert "prosparse" not in said(launch.logs[1])
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_code_on_the_second_host_is_refused_by_name(hosts, tiny, tmp_path):
+    shutil.copytree(ROOT / "prosparse", tmp_path / "other" / "prosparse")
+    with (tmp_path / "other" / "prosparse" / "penalty.py").open("a") as file:
+        file.write("# of another version\n")
+    with Launch() as launch:
+        for node, host in enumerate(hosts):
+            command, environment = srun(node, tmp_path)
+            environment["PYTHONPATH"] = str(tmp_path / "other") if node == 1 else str(ROOT)
+            launch.start(
+                host,
+                tmp_path / f"{node}.log",
+                [*command, "launch/train.py", *overrides(tiny, tmp_path / "run"), "preflight=only"],
+                **environment,
+            )
+        assert launch.wait() == [2, 2], launch.told()
+    assert "rank 1 on host host-1: prosparse/penalty.py is of digest " in launch.logs[0].read_text(), launch.told()
+    assert launch.logs[1].read_text() == ""
+    assert not (tmp_path / "run").exists()
