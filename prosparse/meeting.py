@@ -61,7 +61,8 @@ def meet(backend: str, seconds: float) -> tuple[dist.Store, int, int]:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     until, here = time.monotonic() + seconds, socket.gethostname()
-    store = _connected(rank, world, address, port, until, seconds)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives a restart
+    store = dist.PrefixStore(f"attempt-{attempt}", _connected(rank, world, address, port, until, seconds))
     if store.add(f"meeting/came/{rank}", 1) > 1:
         other = json.loads(store.get(f"meeting/{rank}"))[0]
         store.set(
