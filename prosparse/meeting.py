@@ -92,28 +92,40 @@ def meet(backend: str, seconds: float) -> tuple[dist.Store, int, int]:
 
 def _connected(rank: int, world: int, address: str, port: int, until: float, seconds: float) -> dist.Store:
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun's agent has it
-    here = socket.gethostname()
+    if not serves:  # by a plain socket: torch would print traces of C++ while nobody answers
+        _reach(rank, address, port, until, seconds)
+    wait = timedelta(seconds=max(NOTICE_SECONDS, until - time.monotonic()))
+    try:
+        return dist.TCPStore(address, port, world, serves, wait, wait_for_workers=False, multi_tenant=True)
+    except dist.DistError as error:
+        if not serves:
+            raise
+        raise ValueError(
+            f"rank 0 cannot listen on port {port} of host {socket.gethostname()}, another program may have it "
+            f"({str(error).splitlines()[0]}): give another port (--master_port, --master-port, MASTER_PORT)"
+        ) from error
+
+
+def _reach(rank: int, address: str, port: int, until: float, seconds: float) -> None:
+    """Wait until rank 0 listens; ValueError with the reason if it does not."""
+    told = f"rank {rank} on host {socket.gethostname()} does not reach rank 0 at {address}:{port}"
+    notice = time.monotonic() + NOTICE_SECONDS
     while True:
-        left = until - time.monotonic()
         try:
-            wait = timedelta(seconds=max(1.0, min(left, NOTICE_SECONDS)))
-            return dist.TCPStore(address, port, world, serves, wait, wait_for_workers=False, multi_tenant=True)
-        except dist.DistError as error:
-            if serves:
-                raise ValueError(
-                    f"rank 0 cannot listen on port {port} of host {here}, another program may have it "
-                    f"({str(error).splitlines()[0]}): give another port (--master_port, --master-port, MASTER_PORT)"
-                ) from error
-            try:
-                socket.getaddrinfo(address, port)
-                why = "is MASTER_ADDR the host of rank 0, was rank 0 started, does a firewall close the port"
-            except OSError:
-                why = f"the name {address} does not resolve here: give an address of rank 0's host that does"
-            told = f"rank {rank} on host {here} does not reach rank 0 at {address}:{port}"
-            if left <= NOTICE_SECONDS:
+            socket.create_connection((address, port), timeout=max(1.0, min(NOTICE_SECONDS, seconds))).close()
+            return
+        except OSError as error:
+            why = (
+                f"the name {address} does not resolve here: give an address of rank 0's host that does"
+                if isinstance(error, socket.gaierror)
+                else f"{error}: is MASTER_ADDR the host of rank 0, was rank 0 started, does a firewall close the port"
+            )
+            if (now := time.monotonic()) > until:
                 raise ValueError(f"{told} in {seconds:.0f} s (timeouts.join_seconds): {why}") from error
-            if os.environ.get("LOCAL_RANK", "0") == "0":
+            if now > notice and os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"{told} yet: {why}", file=sys.stderr, flush=True)
+                notice = now + NOTICE_SECONDS
+        time.sleep(0.2)
 
 
 def _fault(store: dist.Store, world: int, place: str, until: float, seconds: float) -> str:

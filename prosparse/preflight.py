@@ -48,11 +48,11 @@ class Report:
 
 
 def preflight(config: Train, device: torch.device) -> dict[str, Any]:
-    """Compare the ranks (all of them call it); nothing is written but a file that comes and goes in a data.cache.
+    """Compare the ranks (all of them call it); nothing is written but empty files, which go again.
 
     Refused with a ValueError that names ranks, hosts and the difference: another config, other code of this package,
-    other versions, a wrong sum of an all-reduce, a GPU that others use, hosts that do not share data.cache. Only told:
-    clocks that differ (no file and no lock here depends on one), GPUs of several kinds, drivers that differ.
+    other versions, a wrong sum of an all-reduce, a GPU that others use, hosts that do not share run_dir or data.cache.
+    Only told: clocks that differ (no file and no lock here depends on one), GPUs of several kinds, drivers that differ.
     With config.preflight=warn versions and GPUs in use are only told too.
     """
     rank, world = rank_and_world()
@@ -78,7 +78,7 @@ def preflight(config: Train, device: torch.device) -> dict[str, Any]:
     refused, told = judged(reports, config.preflight)
     refuse(refused)
     if len(set(hosts)) > 1:
-        refuse(_apart(hosts, Path(config.data.cache).expanduser()))
+        refuse([*_apart(hosts, "run_dir", config.run_dir), *_apart(hosts, "data.cache", config.data.cache)])
     seconds = time.perf_counter() - began
     if rank == 0:
         for text in told:
@@ -239,15 +239,19 @@ def _difference(odd: dict[str, Any], usual: dict[str, Any]) -> str:
     return "its keys are in another order"
 
 
-def _apart(hosts: list[str], folder: Path) -> list[str]:
-    """The ranks that do not see the data.cache of rank 0, in words (all ranks call it); unless rank 0 may only read."""
+def _apart(hosts: list[str], key: str, name: str) -> list[str]:
+    """The ranks that do not see a folder of rank 0, or where it would be made, in words (all ranks call it).
+
+    None where rank 0 cannot write there: whoever has to will say so.
+    """
 
     def write() -> Path | None:
+        folder = Path(name).expanduser().absolute()
+        place = next(path for path in (folder, *folder.parents) if path.is_dir())
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (probe := folder / f".probe-{uuid.uuid4().hex}").touch()
+            (probe := place / f".probe-{uuid.uuid4().hex}").touch()
             return probe
-        except OSError:  # whoever writes there will say so
+        except OSError:
             return None
 
     probe = from_rank_zero(write)
@@ -257,5 +261,5 @@ def _apart(hosts: list[str], folder: Path) -> list[str]:
         if probe is not None and rank_and_world()[0] == 0:
             probe.unlink()
     blind = [rank for rank, sees in enumerate(seen) if not sees]
-    told = f"data.cache={folder} is not the folder that rank 0 sees: choose one that all hosts share"
+    told = f"{key}={name} is not the folder that rank 0 sees: choose one that all hosts share"
     return [f"{named(blind, hosts)}: {told}"] if blind else []

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import socket
+import time
 from dataclasses import replace
 
 import pytest
@@ -111,7 +112,10 @@ def _come(environment: dict[str, str], backend: str, seconds: float, host: str, 
     socket.gethostname = lambda: host  # type: ignore[assignment]
     meeting.NOTICE_SECONDS = 1.0
     try:
-        meet(backend, seconds)
+        store, rank, world = meet(backend, seconds)
+        store.add("done", 1)
+        while rank == 0 and store.add("done", 0) < world:  # the store ends with it
+            time.sleep(0.01)
         answer.put(None)
     except ValueError as error:
         answer.put((environment["RANK"], str(error)))
