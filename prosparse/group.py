@@ -73,9 +73,14 @@ def start_group(
         with expendable():
             store, rank, world = meet(backend := "nccl" if cuda else "gloo", join_seconds)
             store.set_timeout(timeout)
-            dist.init_process_group(
-                backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world, timeout=timeout
-            )
+            own = dist.PrefixStore("group", store)
+            try:
+                dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=timeout)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"rank {rank} on host {socket.gethostname()}: the ranks met and cannot connect to each other "
+                    f"({str(error).splitlines()[0]}): set GLOO_SOCKET_IFNAME to the network device between the hosts"
+                ) from error
             _control = dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD
     patience(timeout_seconds)
     cores = os.sched_getaffinity(0)

@@ -56,7 +56,7 @@ def meet(backend: str, seconds: float) -> tuple[dist.Store, int, int]:
     """Wait until every rank is there, at most so long; returns (store, rank, ranks).
 
     ValueError that names what is wrong: an address where no rank 0 answers, a port that is taken, ranks that did not
-    come, a rank that two processes have, ranks without a GPU among ranks with one.
+    come, a rank that two processes have, ranks without a GPU among ranks with one, a host that others cannot reach.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -71,7 +71,7 @@ def meet(backend: str, seconds: float) -> tuple[dist.Store, int, int]:
             "(deepspeed: --node_rank), and start each once",
         )
     else:
-        store.set(f"meeting/{rank}", json.dumps([here, backend]))
+        store.set(f"meeting/{rank}", json.dumps([here, backend, _loopback()]))
         if rank == 0:
             fault = _fault(store, world, f"{address}:{port}", until, seconds)
             store.set("meeting/fault", fault)
@@ -148,7 +148,7 @@ def _fault(store: dist.Store, world: int, place: str, until: float, seconds: flo
         time.sleep(0.05)
     if store.check(["meeting/twice"]):
         return store.get("meeting/twice").decode()
-    hosts, backends = zip(*(json.loads(store.get(key)) for key in keys), strict=True)
+    hosts, backends, loops = zip(*(json.loads(store.get(key)) for key in keys), strict=True)
     usual, odd = odd_ones(backends)
     if odd:
         has = {"nccl": "GPUs", "gloo": "CPUs"}
@@ -157,7 +157,25 @@ def _fault(store: dist.Store, world: int, place: str, until: float, seconds: flo
             f"{named(odd, hosts)} would use {ours}, the others {theirs}: look at nvidia-smi and torch there, or give "
             "device=cuda or device=cpu everywhere"
         )
+    alone = [rank for rank, loop in enumerate(loops) if loop is not None]
+    if alone and len(set(hosts)) > 1:
+        return (
+            f"{named(alone, hosts)} would listen on {loops[alone[0]]}, where no other host reaches it: set "
+            "GLOO_SOCKET_IFNAME to the network device between the hosts (`ip -br address` shows them), or give the "
+            "host's own name its address in /etc/hosts"
+        )
     return ""
+
+
+def _loopback() -> str | None:
+    """The address of this host on which gloo would listen, if only this host itself reaches it."""
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return None
+    try:
+        found = [str(entry[4][0]) for entry in socket.getaddrinfo(socket.gethostname(), None)]
+    except OSError:
+        found = ["127.0.0.1"]  # what gloo falls back to
+    return found[0] if all(address == "::1" or address.startswith("127.") for address in found) else None
 
 
 def _let_hear(store: dist.Store, world: int) -> None:

@@ -108,7 +108,7 @@ def test_the_code_is_every_file_that_can_change_a_run():
 
 
 def _come(environment: dict[str, str], backend: str, seconds: float, host: str, answer) -> None:
-    os.environ.update(environment)
+    os.environ.update({"GLOO_SOCKET_IFNAME": "lo"} | environment)
     socket.gethostname = lambda: host  # type: ignore[assignment]
     meeting.NOTICE_SECONDS = 1.0
     try:
@@ -166,6 +166,14 @@ def test_a_rank_without_a_gpu_among_ranks_with_one_is_named():
     errors = come((0, "nccl"), (1, "gloo"), (2, "nccl"), world=3, seconds=20)
     assert len(errors) == 3
     assert errors[0][1].startswith("rank 1 on host h1 would use CPUs, the others GPUs: ")
+
+
+def test_a_host_that_no_other_reaches_is_named(monkeypatch):
+    monkeypatch.setattr("prosparse.meeting._loopback", lambda: "127.0.1.1" if socket.gethostname() == "h1" else None)
+    errors = come((0, "gloo"), (1, "gloo"), world=2, seconds=20)
+    assert len(errors) == 2
+    assert errors[0][1].startswith("rank 1 on host h1 would listen on 127.0.1.1, where no other host reaches it: ")
+    assert "GLOO_SOCKET_IFNAME" in errors[0][1]
 
 
 @pytest.mark.parametrize(("address", "why"), [("127.0.0.1", "is MASTER_ADDR the host"), ("no.host.invalid", "resolve")])
