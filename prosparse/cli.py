@@ -27,12 +27,24 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from prosparse.config import Train
 from prosparse.signals import Stopped, interruptible, listening
 from prosparse.verb_checks import validate
-from prosparse.verb_configs import Bench, Eval, Export, Generate, Measure, Predict, Prepare, Report, ShiftCheckpoint
+from prosparse.verb_configs import (
+    Bench,
+    Eval,
+    Export,
+    Generate,
+    Measure,
+    Plan,
+    Predict,
+    Prepare,
+    Report,
+    ShiftCheckpoint,
+)
 from prosparse.verbs import RUN
 
 SCHEMAS: dict[str, type] = {
     "train": Train,
     "prepare": Prepare,
+    "plan": Plan,
     "measure": Measure,
     "predict": Predict,
     "shift": ShiftCheckpoint,
@@ -45,7 +57,7 @@ SCHEMAS: dict[str, type] = {
 VERBATIM = ("prompt", "system")
 LISTS = re.compile(r"^(runs|measures)=\[?(.*?)\]?$")
 FREE_TEXT = re.compile(
-    r"^(prompt|system|run_dir|resume|fork|teacher|checkpoint|text|out|predictors|(evaluate\.)?task_path|model\.source|"
+    r"^(prompt|system|run_dir|resume|fork|teacher|checkpoint|text|out|predictors|check|(evaluate\.)?task_path|model\.source|"
     r"data\.(cache|tokenizer|sources\.\w+\.path))="
 )
 USAGE = f"""usage: prosparse VERB key=value ...
@@ -61,6 +73,9 @@ def compose(verb: str, overrides: Sequence[str] = (), config_dir: str | None = N
     Raises ValueError, in one line that names the key, for whatever a user can mend.
     """
     raw = _compose_raw(verb, overrides, config_dir)
+    if SCHEMAS[verb] is Plan:  # reads no text
+        for key in [key for key in OmegaConf.missing_keys(raw) if key.startswith("data.")]:
+            OmegaConf.update(raw, key, "not given")
     missing = OmegaConf.missing_keys(raw)
     if missing:
         raise ValueError(

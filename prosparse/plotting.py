@@ -67,7 +67,7 @@ def _one_training(record: Record) -> Figure:
         if held_out and key in ("loss", "sparsity"):
             axes.plot(_column(held_out, "step"), _column(held_out, key, scale), "D", color=VERMILION, ms=5)
             axes.lines[-1].set_label("held out")
-        _frame(axes)
+        frame(axes)
     labels = ("loss (nats per token)", "L1 factor λ\n(unit of the recipe)", "sparsity (%)", "learning\nrate")
     for axes, name in zip(panels, labels, strict=True):
         axes.set_ylabel(name)
@@ -76,7 +76,7 @@ def _one_training(record: Record) -> Figure:
     panels[2].set_ylim(-3, 103)
     panels[3].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     _steps(panels[3])
-    _mark_stages(figure, panels, train)
+    mark_stages(figure, panels, train)
     figure.align_ylabels()
     return figure
 
@@ -105,7 +105,7 @@ def _several_trainings(shown: Sequence[Record], records: Sequence[Record]) -> Fi
     names = (f"loss (nats per token,\nmean of {span} steps)", "L1 factor λ\n(x mean |x1|)", "sparsity (%)")
     for axes, name in zip(panels, names, strict=True):
         axes.set_ylabel(name)
-        _frame(axes)
+        frame(axes)
     handles.append(Line2D([], [], color=GRAY, marker="D", ls=":", ms=5.5, label="held out"))
     if any(row.get("target") is not None for record in shown for row in record.train_rows):
         handles.append(Line2D([], [], color=GRAY, ls="--", lw=0.9, label="set-point"))
@@ -122,7 +122,7 @@ def _held_out(record: Record) -> list[dict[str, Any]]:
     return list({row["step"]: row for row in rows}.values())
 
 
-def _mark_stages(figure: Figure, panels: Any, train: list[dict[str, Any]]) -> None:
+def mark_stages(figure: Figure, panels: Any, train: list[dict[str, Any]]) -> None:
     """A line where a stage ends, its name above its middle: upright where the names would not fit side by side."""
     low, high = panels[0].get_xlim()
     per_point = (high - low) / (72 * 0.88 * figure.get_size_inches()[0])  # steps
@@ -194,7 +194,7 @@ def frontier(records: Sequence[Record]) -> Figure | None:
         _logarithmic(axes)
     axes.set(xlabel="sparsity (%)", ylabel="perplexity" + " (log scale)" * (max(seen) > 10 * min(seen)))
     axes.margins(0.06)
-    _frame(axes, both=True)
+    frame(axes, both=True)
     order = [*MARKERS, *(name for name in kinds if name not in MARKERS)]
     _legend_above(figure, handles + [kinds[name] for name in order if name in kinds])
     return figure
@@ -245,7 +245,7 @@ def layers(records: Sequence[Record]) -> Figure | None:
         return None
     axes.set(xlabel="layer", ylabel="sparsity (%)", ylim=(-4, 104))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _frame(axes)
+    frame(axes)
     _legend_above(figure, axes.lines)
     return figure
 
@@ -278,7 +278,7 @@ def shift(records: Sequence[Record]) -> Figure | None:
         _logarithmic(panels[1])
     for axes, name in zip(panels, ("sparsity (%)", "perplexity"), strict=True):
         axes.set_ylabel(name)
-        _frame(axes)
+        frame(axes)
     panels[1].set_xlabel("threshold (of the gate)")
     _legend_above(figure, handles)
     figure.align_ylabels()
@@ -317,7 +317,7 @@ def thresholds(records: Sequence[Record], measured: Sequence[dict[str, Any]]) ->
     xlim, ylim = (_with_margin(values) for values in zip(*shown, strict=True))
     axes.set(xlim=xlim, ylim=ylim)
     axes.set(xlabel="sparsity (%)", ylabel="rise of the perplexity (%)")
-    _frame(axes, both=True)
+    frame(axes, both=True)
     _legend_above(figure, handles)
     return figure
 
@@ -360,7 +360,7 @@ def texts(measured: Sequence[dict[str, Any]]) -> Figure | None:
         bars = panels[0].bar(places, heights, 0.92 * width, color=SERIES[number % len(SERIES)], label=title(result))
         panels[0].bar_label(bars, fmt="%.1f", fontsize=8 if len(shown) * len(names) < 16 else 6, padding=2)
     panels[0].set(ylabel="sparsity (%)", ylim=(0, 109), xticks=range(len(names)), xticklabels=names)
-    _frame(panels[0])
+    frame(panels[0])
     panels[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=9)
     for axes, result in zip(panels[1:], curves, strict=True):
         for number, name in enumerate(names):
@@ -371,7 +371,7 @@ def texts(measured: Sequence[dict[str, Any]]) -> Figure | None:
         axes.set_title(title(result), fontsize=10, loc="left")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
-        _frame(axes)
+        frame(axes)
     return figure
 
 
@@ -399,7 +399,7 @@ def top_k(measured: Sequence[dict[str, Any]]) -> Figure | None:
         _logarithmic(axes)
     axes.set(xlabel="neurons of a layer kept for a token (%)", ylabel="perplexity")
     axes.invert_xaxis()
-    _frame(axes, both=True)
+    frame(axes, both=True)
     _legend_above(figure, handles)
     return figure
 
@@ -419,7 +419,7 @@ def union(measured: Sequence[dict[str, Any]]) -> Figure | None:
     axes.set_xscale("log", base=2)
     axes.set(xlabel="tokens in the batch", ylabel="neurons active in the batch\n(% of a layer)", ylim=(0, 104))
     axes.set_xticks(sizes, [str(size) for size in sizes])
-    _frame(axes, both=True)
+    frame(axes, both=True)
     _legend_above(figure, axes.lines)
     return figure
 
@@ -474,7 +474,7 @@ def _legend_above(figure: Figure, handles: Sequence[Any]) -> None:
     figure.legend(handles=list(handles), loc="outside upper center", ncols=columns, frameon=False, fontsize=10)
 
 
-def _frame(axes: Axes, both: bool = False) -> None:
+def frame(axes: Axes, both: bool = False) -> None:
     axes.grid(axis="both" if both else "y", color="#E5E5E5", lw=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -4,6 +4,7 @@ In: a config object of any verb. Out: nothing, or ValueError that names the key 
 """
 
 import re
+from datetime import date
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from prosparse.verb_configs import (
     Eval,
     Export,
     Generate,
+    GpuKind,
     Measure,
+    Plan,
     Predict,
     Prepare,
     Report,
@@ -54,6 +57,8 @@ def validate(config: Any) -> None:
         validate_device(config.device)
     if isinstance(config, Bench):
         _validate_bench(config)
+    if isinstance(config, Plan):
+        _validate_plan(config)
     if isinstance(config, Report):
         require(len(config.runs) > 0, "runs is empty: give runs=[RUN,...], the run_dir of one or more trainings")
         require(
@@ -75,6 +80,38 @@ def parse_shard(shard: str) -> tuple[int, int]:
     )
     assert found is not None
     return int(found[1]), int(found[2])
+
+
+def _validate_plan(config: Plan) -> None:
+    require(
+        config.gpus is not None or config.check is not None,
+        "gpus is missing: give gpus=N, the ranks over all nodes, or check=RUN, a finished run",
+    )
+    require(config.gpus is None or config.gpus >= 1, f"gpus is {config.gpus}: give at least 1")
+    require(config.nodes >= 1, f"nodes is {config.nodes}: give at least 1")
+    require(
+        (config.gpus or config.nodes) % config.nodes == 0,
+        f"gpus is {config.gpus}, which {config.nodes} nodes cannot share evenly: gpus counts those of all nodes",
+    )
+    own = ("peak_tflops", "memory_gb", "link_gb_s", "watts", "mfu")
+    missing = [key for key in own if config.gpu is GpuKind.custom and getattr(config, key) is None]
+    given = " ".join(f"{key}=VALUE" for key in missing)
+    require(not missing or config.check is not None, f"gpu is custom, which says nothing of itself: give {given}")
+    for key in (*own, "network_gb_s", "link_share", "tokens_per_second", "disk_gb_s", "save_share"):
+        value = getattr(config, key)
+        require(value is None or (isfinite(value) and value > 0), f"{key} is {value}: give a positive number")
+    for key in ("mfu", "link_share", "save_share"):
+        value = getattr(config, key)
+        require(value is None or value <= 1, f"{key} is {value}: give a share, up to 1")
+    require(0 <= config.margin < 1, f"margin is {config.margin}: give a share from 0 to below 1")
+    require(isfinite(config.pue) and config.pue >= 1, f"pue is {config.pue}: give at least 1")
+    price = config.price_per_gpu_hour
+    require(price is None or (isfinite(price) and price >= 0), f"price_per_gpu_hour is {price}: give 0 or more")
+    if config.start is not None:
+        try:
+            date.fromisoformat(config.start)
+        except ValueError as error:
+            raise ValueError(f"start is {config.start}: give a date as 2026-01-31") from error
 
 
 def _validate_bench(config: Bench) -> None:

@@ -27,6 +27,40 @@ class Prepare(Train):
     shard: str | None = None  # I/N: only the I-th of N shares of the segments; null: what is missing, and the tables
 
 
+class GpuKind(StrEnum):
+    a100_80g = "a100_80g"
+    a800_80g = "a800_80g"
+    h100 = "h100"
+    h200 = "h200"
+    custom = "custom"  # peak_tflops, memory_gb, link_gb_s, watts and mfu say what it is
+
+
+@dataclass
+class Plan(Train):
+    """`prosparse plan`: what a training would take, without loading anything; or `check`, a finished run beside it."""
+
+    run_dir: str = "."  # whose disk is looked at
+    gpus: int | None = None  # ranks, over all nodes
+    gpu: GpuKind = GpuKind.a100_80g
+    nodes: int = 1
+    peak_tflops: float | None = None  # dense bf16 of one GPU; this and the next five: null, as of its kind
+    memory_gb: float | None = None  # of one GPU
+    link_gb_s: float | None = None  # between the GPUs of a node, of one GPU, one way
+    watts: float | None = None  # of one GPU at work
+    mfu: float | None = None  # share of the peak that the computing reaches, recomputation counted as work
+    network_gb_s: float = 100.0  # between nodes, of one node, one way
+    link_share: float = 0.75  # of both links' speeds that collectives reach
+    margin: float = 0.1  # share of the memory that has to stay free
+    tokens_per_second: float | None = None  # of all GPUs together, as measured: in the place of peak, mfu and links
+    pue: float = 1.2  # what the building takes for each kWh of the GPUs
+    price_per_gpu_hour: float | None = None
+    start: str | None = None  # date as 2026-01-31, from which end dates are counted
+    disk_gb_s: float = 1.0  # at which checkpoints are written
+    save_share: float = 0.01  # of the time that saving may take
+    check: str | None = None  # run folder whose memory and time are put beside the prediction
+    out: str | None = None  # folder for result.json and the picture
+
+
 class Benchmark(StrEnum):
     train = "train"
     decode = "decode"

@@ -21,6 +21,7 @@ from prosparse.verb_configs import (
     Generate,
     Measure,
     Opens,
+    Plan,
     Predict,
     Prepare,
     Reads,
@@ -60,6 +61,21 @@ def run_prepare(config: Prepare) -> dict:
         str(context): {"digest": made.digest, "fingerprint": made.fingerprint, "sources": made.manifests}
         for context, made in prepared.items()
     } | {"preparation": done.to_dict()}
+
+
+def run_plan(config: Plan) -> dict:
+    from prosparse.plan_check import check
+    from prosparse.planning import lines, picture, plan
+    from prosparse.plotting import DOTS_PER_INCH
+
+    out = _claim(config.out)
+    result, told = check(config) if config.check is not None else ((found := plan(config)), lines(config, found))
+    if out is not None and config.check is None:
+        picture(config, result).savefig(out / "plan.png", dpi=DOTS_PER_INCH)
+    if out is not None:
+        _write_result(out, result)
+    print("\n".join(told), file=sys.stderr)
+    return result
 
 
 def run_measure(config: Measure) -> dict:
@@ -311,6 +327,7 @@ def run_bench(config: Bench) -> dict:
 RUN: dict[str, Callable[[Any], dict]] = {
     "train": run_train,
     "prepare": run_prepare,
+    "plan": run_plan,
     "measure": run_measure,
     "predict": run_predict,
     "shift": run_shift,

@@ -18,10 +18,11 @@ def choices(group: str) -> list[str]:
 
 
 @pytest.mark.parametrize("experiment", choices("experiment"))
-@pytest.mark.parametrize("verb", ["train", "prepare"])
+@pytest.mark.parametrize("verb", ["train", "prepare", "plan"])
 def test_every_experiment_composes(verb, experiment):
     own_text = "override /data: files" in (CONFIGS / "experiment" / f"{experiment}.yaml").read_text()
-    compose(verb, [f"experiment={experiment}", "run_dir=x", *["data.sources.files.path=x"] * own_text])
+    own = ["gpus=8"] if verb == "plan" else ["data.sources.files.path=x"] * own_text
+    compose(verb, [f"experiment={experiment}", "run_dir=x", *own])
 
 
 @pytest.mark.parametrize(

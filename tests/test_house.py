@@ -16,6 +16,7 @@ FLOORS = [
     {"records", "card", "page", "plotting", "reporting"},
     {"exporters", "evaluation", "harness"},
     {"speed", "engine", "preflight"},
+    {"planning", "plan_check"},
     {"run", "tasks", "ending", "trainer", "benchmarking", "decoding_benchmark"},
     {"verbs"},
     {"cli"},
