@@ -62,7 +62,7 @@ def check(config: Plan) -> tuple[dict[str, Any], list[str]]:
         "FLOPs of a step": (flops, _counted(run, context) * sequences * context),
         "seconds of a step": (predicted_seconds, took),
     }
-    compared = {
+    compared: dict[str, dict[str, Any]] = {
         what: {"predicted": ours, "measured": theirs, "ratio": None if ours is None else ours / theirs}
         for what, (ours, theirs) in pairs.items()
     }
@@ -72,14 +72,19 @@ def check(config: Plan) -> tuple[dict[str, Any], list[str]]:
         "overrides": choice.overrides,
         "context": context,
     }
-    result |= {"compared": compared, "bytes": parts, "achieved_flops_a_rank": flops / took / ranks, "time": why}
+    result |= {
+        "compared": compared,
+        "bytes": parts,
+        "achieved_flops_a_rank": (achieved := flops / took / ranks),
+        "time": why,
+    }
     told = [f"{record.folder}: {ranks} x {name}, {choice.overrides}, context {context}, {len(rows)} steps"]
     for what, row in compared.items():
         shown = [
             "-" if value is None else f"{value:.4g}" for value in (row["predicted"], row["measured"], row["ratio"])
         ]
         told.append(f"{what:<32} predicted {shown[0]:>10}  measured {shown[1]:>10}  ratio {shown[2]:>6}")
-    told.append(f"achieved {result['achieved_flops_a_rank'] / 1e12:.4g} TFLOP/s a rank; time predicted: {why}")
+    told.append(f"achieved {achieved / 1e12:.4g} TFLOP/s a rank; time predicted: {why}")
     told.append("predicted GB: " + ", ".join(f"{part} {value / GB:.2f}" for part, value in parts.items()))
     return result, told
 
@@ -107,13 +112,16 @@ def _as_plan(values: dict[str, Any], config: Plan) -> Plan:
 
 def _typed(kind: Any, value: Any) -> Any:
     """Plain values of a config.yaml as the dataclasses and enums that `kind` says; keys of older versions go."""
+    if kind is Any or value is None:
+        return value
     if get_origin(kind) in (Union, UnionType):
-        return None if value is None else _typed(next(k for k in get_args(kind) if k is not type(None)), value)
+        return _typed(next(k for k in get_args(kind) if k is not type(None)), value)
     if get_origin(kind) is dict:
         return {key: _typed(get_args(kind)[1], part) for key, part in value.items()}
     if is_dataclass(kind):
+        make: Any = kind
         hints = get_type_hints(kind)
-        return kind(**{key: _typed(hints[key], part) for key, part in value.items() if key in hints})
+        return make(**{key: _typed(hints[key], part) for key, part in value.items() if key in hints})
     return kind(value) if isinstance(kind, type) and not isinstance(value, list) else value
 
 

@@ -145,9 +145,12 @@ def test_a_mistake_is_one_line_that_names_the_key(overrides, message, capsys):
     assert message in error and error.count("\n") == 1 and error.startswith("prosparse plan: ")
 
 
+RUN = ["shift@recipe.shift=none", "+zero.extra.reduce_bucket_size=1000000", "save.every=100"]  # a mapping of any values
+
+
 def test_a_finished_run_is_put_beside_what_was_predicted(tiny, tmp_path, capsys):
     run = tmp_path / "run"
-    done = prosparse("train", "experiment=demo", *tiny_overrides(tiny, run), "shift@recipe.shift=none")
+    done = prosparse("train", "experiment=demo", *tiny_overrides(tiny, run), *RUN)
     assert done.returncode == 0, done.stderr
     assert main(["plan", f"check={run}", "tokens_per_second=1000", f"out={tmp_path / 'out'}"]) == 0
     result = json.loads((tmp_path / "out" / "result.json").read_text())
