@@ -47,13 +47,21 @@ DEBIAN = {
     "rust-doc": "*/book/*.html",
     "sqlite3-doc": "*.html",
 }
-LEFT_OUT = "*/translations/* */_modules/* *genindex* *contents.html *search.html *changelog* *changes.html *print.html *maintainers.html"
-PYTHON = "datasets deepspeed huggingface-hub hydra-core matplotlib numpy omegaconf pandas pyarrow safetensors tokenizers torch transformers"
+LEFT_OUT = (
+    "*/translations/* */_modules/* *genindex* *contents.html *search.html *changelog* *changes.html *print.html "
+    "*maintainers.html"
+)
+PYTHON = (
+    "datasets deepspeed huggingface-hub hydra-core matplotlib numpy omegaconf pandas pyarrow safetensors tokenizers "
+    "torch transformers"
+)
 SHORTEST, LONGEST = 500, 500_000  # characters of a document
 SKIPPED = set("script style nav header footer form button noscript svg math head".split())  # noqa: SIM905
 BLOCKS = set(
-    "address article aside blockquote body br caption dd div dl dt figcaption figure h1 h2 h3 h4 h5 h6 hr li main ol p pre "  # noqa: SIM905
-    "section table tbody thead tr ul".split()
+    (
+        "address article aside blockquote body br caption dd div dl dt figcaption figure h1 h2 h3 h4 h5 h6 hr li main "
+        "ol p pre section table tbody thead tr ul"
+    ).split()
 )
 
 
@@ -147,7 +155,9 @@ def debian(package: Path, name: str, unpacked: Path) -> Iterator[Document]:
         subprocess.run(["dpkg-deb", "-x", package, unpacked], check=True)
     files = sorted(file for file in unpacked.rglob("*") if file.is_file() and not file.is_symlink())
     paths = {file: file.relative_to(unpacked).as_posix() for file in files}
-    files = [f for f, p in paths.items() if fnmatch(p, DEBIAN[name]) and not any(fnmatch(p, o) for o in LEFT_OUT.split())]
+    files = [
+        f for f, p in paths.items() if fnmatch(p, DEBIAN[name]) and not any(fnmatch(p, o) for o in LEFT_OUT.split())
+    ]
     if DEBIAN[name].endswith(".pod"):
         run = [subprocess.run(["pod2text", "-u", file], capture_output=True, check=True).stdout for file in files]
         texts = [tidy(text.decode("utf-8", "replace")) for text in run]
@@ -195,9 +205,11 @@ def main(out: str, *options: str) -> None:
     code: list[Document] = []
     for name in DEBIAN:
         deb = download(name, packages)
-        versions[name] = subprocess.run(
-            ["dpkg-deb", "-W", deb], capture_output=True, text=True, check=True
-        ).stdout.strip().replace("\t", " ")
+        versions[name] = (
+            subprocess.run(["dpkg-deb", "-W", deb], capture_output=True, text=True, check=True)
+            .stdout.strip()
+            .replace("\t", " ")
+        )
         prose += debian(deb, name, packages / deb.stem)
         print(f"{versions[name]:<50} {len(prose):>6,} documents so far", file=sys.stderr, flush=True)
     for name in PYTHON.split():
