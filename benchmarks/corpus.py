@@ -56,12 +56,10 @@ PYTHON = (
     "torch transformers"
 )
 SHORTEST, LONGEST = 500, 500_000  # characters of a document
-SKIPPED = set("script style nav header footer form button noscript svg math head".split())  # noqa: SIM905
-BLOCKS = set(
-    (
-        "address article aside blockquote body br caption dd div dl dt figcaption figure h1 h2 h3 h4 h5 h6 hr li main "
-        "ol p pre section table tbody thead tr ul"
-    ).split()
+SKIPPED = "script style nav header footer form button noscript svg math head"
+BLOCKS = (
+    "address article aside blockquote body br caption dd div dl dt figcaption figure h1 h2 h3 h4 h5 h6 hr li main ol p "
+    "pre section table tbody thead tr ul"
 )
 
 
@@ -86,8 +84,8 @@ def text_of_html(source: bytes) -> str:
 
     def walk(element: Any, kept: bool) -> None:
         name = element.tag if isinstance(element.tag, str) else None  # None: a comment
-        if name and name not in SKIPPED:
-            block = name in BLOCKS
+        if name and name not in SKIPPED.split():
+            block = name in BLOCKS.split()
             parts.append("\n\n" if name in ("p", "pre", "h1", "h2", "h3", "h4") else "\n" if block else "")
             parts.append("\t" if name in ("td", "th") else "- " if name == "li" else "")
             inside = kept or name == "pre"
