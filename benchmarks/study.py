@@ -30,6 +30,7 @@ NEURON = "recipe.shift.granularity=neuron"
 RECOVER = "RECOVER"
 GRID = (0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.89)  # sparsities of the arm without training
 KEYS = ("model", "sparsity", "perplexity", "x_control", "tokens", "tokens_trained", "steps", "activation")
+TRAINED = ("trained", "shifted", "recovered")
 TASKS = ("opposites", "series")
 
 # What an arm changes of experiment=study: ReLU, λ along a sine, one threshold within +1 % of perplexity.
@@ -137,7 +138,7 @@ def magnitude(out: Path, dense: str, scale: str, corpus: str, given: list[str]) 
     context, layers = config.recipe.batch.context, model.config.num_hidden_layers
     rows = prepare(config.data, load_tokenizer(str(out / dense / "model")), [context])[context]
     train, indices = rows.train["files"], spread(len(rows.held_out), config.evaluate.rows)
-    levels = sorted({*GRID, *(round(row["sparsity"], 4) for row in trained(out) if row["sparsity"] > 0.01)})
+    levels = sorted({*GRID, *(round(share, 4) for share in sparsities(out) if share > 0.01)})
     thresholds = torch.zeros(len(levels), layers)
 
     def quantiles(layer: int, x1: torch.Tensor, data: Batch | None) -> None:
@@ -178,17 +179,10 @@ def names(out: Path) -> dict[str, tuple[str, int]]:
     return found
 
 
-def trained(out: Path) -> list[dict]:
-    """A row for each model that an arm has made: trained, shifted, recovered; measured on the run's held-out rows."""
-    rows = []
-    for name, (arm, seed) in names(out).items():
-        report = json.loads((out / name / "report" / "report.json").read_text())
-        for model in ("trained", "shifted", "recovered"):
-            if model in report["models"]:
-                told = report["models"][model]
-                rows.append({"run": name, "arm": arm, "seed": seed, "model": model, "tokens_trained": told["step"]})
-                rows[-1] |= {key: told[key] for key in ("sparsity", "perplexity", "tokens")}
-    return rows
+def sparsities(out: Path) -> list[float]:
+    """Of all models that the arms have made."""
+    reports = [json.loads((out / name / "report" / "report.json").read_text())["models"] for name in names(out)]
+    return [told["sparsity"] for models in reports for name, told in models.items() if name in TRAINED]
 
 
 def collect(out: Path) -> dict:
@@ -207,7 +201,7 @@ def collect(out: Path) -> dict:
     first = told["runs"][next(iter(runs))]["report"]
     rows = []
     for row in told["table"]:
-        if row["run"] in runs and row["model"] in ("trained", "shifted", "recovered"):
+        if row["run"] in runs and row["model"] in TRAINED:
             arm, seed = runs[row["run"]]
             rows.append({"arm": arm, "seed": seed} | {key: row[key] for key in KEYS})
     for name, (arm, seed) in runs.items():  # what was measured after the end: of the last model
@@ -267,7 +261,7 @@ def frontier(results: dict, path: Path) -> None:
     )
     for number, arm in enumerate(ARMS):
         rows = [row for row in results["rows"] if row["arm"] == arm and row["x_control"] is not None]
-        for mark, model in zip("oDP", ("trained", "shifted", "recovered"), strict=True):
+        for mark, model in zip("oDP", TRAINED, strict=True):
             found = [row for row in rows if row["model"] == model]
             color = SERIES[number % len(SERIES)]
             how: dict = {"color": color, "marker": mark, "ls": "none", "mfc": "none" if number < len(SERIES) else color}
