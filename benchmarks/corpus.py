@@ -18,6 +18,7 @@ from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, distribution
 from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from lxml import html
@@ -147,10 +148,14 @@ def download(name: str, folder: Path) -> Path:
     return max(folder.glob(f"{name}_*.deb"))
 
 
-def debian(package: Path, name: str, unpacked: Path) -> Iterator[Document]:
+def debian(package: Path, name: str) -> Iterator[Document]:
     """The documents of a .deb."""
-    if not unpacked.exists():
+    with TemporaryDirectory(dir=package.parent) as unpacked:
         subprocess.run(["dpkg-deb", "-x", package, unpacked], check=True)
+        yield from _documents(Path(unpacked), name)
+
+
+def _documents(unpacked: Path, name: str) -> Iterator[Document]:
     files = sorted(file for file in unpacked.rglob("*") if file.is_file() and not file.is_symlink())
     paths = {file: file.relative_to(unpacked).as_posix() for file in files}
     files = [
@@ -192,7 +197,7 @@ def write(out: Path, documents: list[Document], manifest: dict) -> dict:
 
 
 def main(out: str, *options: str) -> None:
-    given = {"megabytes": "60", "code": "0.25"} | dict(option.split("=", 1) for option in options)
+    given = {"megabytes": "60", "code": "0.25"} | dict(o.partition("=")[::2] for o in options)
     megabytes, share = float(given.pop("megabytes")), float(given.pop("code"))
     if given:
         raise ValueError(f"{', '.join(given)}: give megabytes=N (of text) or code=SHARE (of it that is Python)")
@@ -203,12 +208,9 @@ def main(out: str, *options: str) -> None:
     code: list[Document] = []
     for name in DEBIAN:
         deb = download(name, packages)
-        versions[name] = (
-            subprocess.run(["dpkg-deb", "-W", deb], capture_output=True, text=True, check=True)
-            .stdout.strip()
-            .replace("\t", " ")
-        )
-        prose += debian(deb, name, packages / deb.stem)
+        shown = ["dpkg-deb", "-W", "--showformat=${Package} ${Version}", deb]
+        versions[name] = subprocess.run(shown, capture_output=True, text=True, check=True).stdout
+        prose += debian(deb, name)
         print(f"{versions[name]:<50} {len(prose):>6,} documents so far", file=sys.stderr, flush=True)
     for name in PYTHON.split():
         try:
@@ -224,7 +226,9 @@ def main(out: str, *options: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     try:
         main(*sys.argv[1:])
-    except (ValueError, TypeError) as error:
-        sys.exit(f"{error}\nusage: {__doc__.splitlines()[0]}")
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(str(error))

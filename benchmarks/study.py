@@ -289,7 +289,7 @@ def main(*arguments: str) -> None:
             given.append(argument)
     for key in ("out",) if "report" in arguments else ("out", "corpus"):
         if key not in options:
-            raise ValueError(f"{key}= is missing")
+            raise ValueError(f"{key}= is missing\n{__doc__}")
     out = Path(options["out"]).resolve()
     if "report" in arguments:
         results = collect(out)
@@ -314,4 +314,4 @@ if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
     except ValueError as error:
-        sys.exit(f"{error}\n{__doc__}")
+        sys.exit(str(error))
