@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from prosparse import schedule
 from prosparse.checkpoint import checkpoints_kept
-from prosparse.config import Checkpointing, FfnMemory, Loss, Model, Recipe
+from prosparse.config import Checkpointing, FfnMemory, Loss, Model, Offload, Recipe
 from prosparse.engine import BUCKET
 from prosparse.kernels.loss import CHUNK_BYTES
 from prosparse.plotting import GRAY, GREEN, frame, mark_stages
@@ -162,9 +162,10 @@ def memory(size: Sizes, config: Plan, ranks: int, choice: Choice, cuda: bool = T
     """Bytes of one rank by what they are for; `peak` is their sum.
 
     `gradients` are those that wait between two micro-batches, `buffers` what is needed beside the other terms at the
-    worst moment of a window or of the optimizer's step.
+    worst moment of a window or of the optimizer's step. What zero.offload moves away is `host`, no part of the peak.
     """
-    n, recipe, tokens = size.parameters, config.recipe, choice.micro_batch * schedule.contexts(config.recipe)[-1]
+    n, recipe = size.parameters, config.recipe
+    tokens = choice.micro_batch * schedule.contexts(config.recipe)[-1] / config.sequence_parallel
     embedding = size.vocabulary * size.hidden
     recomputes = choice.checkpointing is Checkpointing.none and (
         config.speed.ffn is FfnMemory.recompute_x1 or (config.speed.ffn is FfnMemory.auto and not cuda)
@@ -203,7 +204,11 @@ def memory(size: Sizes, config: Plan, ranks: int, choice: Choice, cuda: bool = T
         step = FP32 * min(n / ranks, ZERO3_LIVE) - kept - logits
         buffers = BF16 * (ZERO3_BUCKET if cuda else min(n, ZERO3_BUCKET)) + max(gathered + backward, step)
     parts["buffers"] = buffers
-    return parts | {"peak": sum(parts.values())}
+    moved = ["optimizer", "gradients"] * (config.zero.offload is not Offload.none and cuda)
+    moved += ["weights"] * (config.zero.offload_weights and choice.zero == 3 and cuda)
+    host = sum(parts[part] for part in moved)
+    parts |= dict.fromkeys(moved, 0.0)
+    return parts | {"peak": sum(parts.values()), "host": host}
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
@@ -221,14 +226,18 @@ def seconds(size: Sizes, config: Plan, choice: Choice, step: int) -> tuple[float
 
     Bytes that a rank sends in a window, with N parameters, a micro-batches and w ranks, times (w - 1) / w: ZeRO-1
     2 · 2N of gradients and 2N of weights; ZeRO-2 a · 2 · 2N and 2N; ZeRO-3 a · (2 · 2N of weights and 2N of gradients).
+    Ranks that share rows send q, k, v and what attention gives of their tokens, forward and backward, beside that.
     """
     gpu, ranks, n = cluster(config), config.gpus or 1, size.parameters
     computing = work(size, config.recipe, step) * RECOMPUTED[choice.checkpointing] / (ranks * gpu.peak_flops * gpu.mfu)
-    rows, _ = schedule.batch_at(config.recipe, step)
-    times = schedule.accumulation(rows, choice.micro_batch, ranks)
-    elements = {1: 3 * n, 2: (2 * times + 1) * n, 3: 3 * times * n}[choice.zero]
+    rows, context = schedule.batch_at(config.recipe, step)
+    sharing = config.sequence_parallel
+    times = schedule.accumulation(rows, choice.micro_batch, ranks // sharing)
+    elements = {1: 3 * n, 2: (2 * times + 1) * n, 3: 3 * times * n}[choice.zero] * (ranks - 1) / ranks
+    exchanged = 2 * size.layers * size.hidden * (2 + 2 * size.kv_share) * rows * context / ranks
+    elements += exchanged * (sharing - 1) / sharing
     speed = gpu.link if config.nodes == 1 else min(gpu.link, config.network_gb_s * GB)
-    return computing, BF16 * elements * (ranks - 1) / ranks / (speed * config.link_share)
+    return computing, BF16 * elements / (speed * config.link_share)
 
 
 def hours(size: Sizes, config: Plan, choice: Choice) -> float:
@@ -242,13 +251,14 @@ def hours(size: Sizes, config: Plan, choice: Choice) -> float:
 
 def choices(config: Plan) -> list[Choice]:
     """Every split whose micro-batches divide the windows of all stages."""
-    recipe, ranks = config.recipe, config.gpus or 1
+    recipe, groups = config.recipe, (config.gpus or 1) // config.sequence_parallel
     batches = [schedule.batch_at(recipe, span.first)[0] for span in schedule.spans(recipe)]
     for batch in batches:
-        schedule.accumulation(batch, 1, ranks)
-    micro = [m for m in range(1, min(batches) // ranks + 1) if all(batch % (m * ranks) == 0 for batch in batches)]
+        schedule.accumulation(batch, 1, groups)
+    micro = [m for m in range(1, min(batches) // groups + 1) if all(batch % (m * groups) == 0 for batch in batches)]
     ways = [Checkpointing.none, Checkpointing.selective, Checkpointing.non_reentrant]
-    return [Choice(zero, m, how) for zero in (1, 2, 3) for how in ways for m in micro]
+    stages = (3,) if config.zero.offload_weights else (1, 2, 3) if config.zero.offload is Offload.none else (2, 3)
+    return [Choice(zero, m, how) for zero in stages for how in ways for m in micro]
 
 
 def plan(config: Plan) -> dict[str, Any]:
@@ -257,8 +267,11 @@ def plan(config: Plan) -> dict[str, Any]:
     size, gpu, ranks, recipe = sizes(config.model), cluster(config), config.gpus or 1, config.recipe
     room = gpu.memory * (1 - config.margin)
     tried = [(choice, memory(size, config, ranks, choice)) for choice in choices(config)]
+    kept = f" zero.offload={config.zero.offload}" * (config.zero.offload is not Offload.none)
+    kept += " zero.offload_weights=true" * config.zero.offload_weights
+    kept += f" sequence_parallel={config.sequence_parallel}" * (config.sequence_parallel > 1)
     rows = [
-        {"overrides": choice.overrides, **asdict(choice), "hours": hours(size, config, choice), "bytes": parts}
+        {"overrides": choice.overrides + kept, **asdict(choice), "hours": hours(size, config, choice), "bytes": parts}
         for choice, parts in tried
         if parts["peak"] <= room
     ]

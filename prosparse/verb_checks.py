@@ -93,6 +93,11 @@ def _validate_plan(config: Plan) -> None:
         (config.gpus or config.nodes) % config.nodes == 0,
         f"gpus is {config.gpus}, which {config.nodes} nodes cannot share evenly: gpus counts those of all nodes",
     )
+    sharing = config.sequence_parallel
+    require(
+        config.gpus is None or config.gpus % sharing == 0,
+        f"sequence_parallel is {sharing}, which does not divide gpus={config.gpus}: change one of them",
+    )
     own = ("peak_tflops", "memory_gb", "link_gb_s", "watts", "mfu")
     missing = [key for key in own if config.gpu is GpuKind.custom and getattr(config, key) is None]
     given = " ".join(f"{key}=VALUE" for key in missing)

@@ -174,3 +174,20 @@ def test_a_run_that_never_trained_is_refused(tmp_path):
 def test_shape_stands_in_the_order_that_sizes_reads():
     names = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
     assert list(Shape.__dataclass_fields__) == [*names, "vocab_size", "tie_word_embeddings"]
+
+
+def test_what_is_offloaded_or_shared_leaves_the_rank_and_is_part_of_what_is_pasted():
+    def parts(*more: str) -> dict[str, float]:
+        config = compose("plan", [*LLAMA_7B, *more])
+        return memory(sizes(config.model), config, 8, Choice(3, 2, Checkpointing.none))
+
+    plain, host = parts(), parts("zero=zero3_offload", "zero.offload_weights=true")
+    moved = sum(plain[part] for part in ("weights", "optimizer", "gradients"))
+    assert host["host"] == pytest.approx(moved) and plain["host"] == 0
+    assert host["peak"] == pytest.approx(plain["peak"] - moved)
+    assert parts("sequence_parallel=4")["activations"] == pytest.approx(plain["activations"] / 4)
+    given = ["zero.offload=cpu", "sequence_parallel=4"]
+    best = plan(compose("plan", [*LLAMA_7B, *given]))["recommended"]
+    assert best["zero"] > 1 and all(word in best["overrides"].split() for word in given)
+    with pytest.raises(ValueError, match="does not divide gpus=6"):
+        compose("plan", ["experiment=llama2_7b", "gpus=6", "sequence_parallel=4"])
