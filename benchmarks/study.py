@@ -125,8 +125,9 @@ def magnitude(out: Path, dense: str, scale: str, corpus: str, given: list[str]) 
     """
     from prosparse import load_model, load_tokenizer
     from prosparse.cli import compose
-    from prosparse.data import Batch, prepare
+    from prosparse.data import Batch
     from prosparse.penalty import new_statistics, sparsity_by_layer, tally_kept
+    from prosparse.preparation import prepare
     from prosparse.sparsity import run_passes, spread
     from prosparse.telemetry import device_name
 
