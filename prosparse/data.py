@@ -54,6 +54,10 @@ class Rows:
         self._open: OrderedDict[int, _Open] = OrderedDict()  # the last one used at the end
         self._lock = Lock()
 
+    def __reduce__(self) -> tuple[type, tuple[list[Shard]]]:
+        """Another process opens the files itself."""
+        return Rows, (self.shards,)
+
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 

@@ -9,7 +9,6 @@ import torch
 from conftest import make_tiny, prosparse, tiny_llama
 from test_models import base_model
 
-from prosparse import allocation
 from prosparse.allocation import (
     Costs,
     cut_apart,
@@ -23,6 +22,7 @@ from prosparse.config import Granularity, Shift
 from prosparse.ffn import activation_of, substitute
 from prosparse.sparsity import measure
 from prosparse.threshold import shift
+from prosparse.ulysses import RowGroup
 
 
 @pytest.fixture
@@ -87,12 +87,12 @@ def test_costs_equal_a_plain_count_of_squared_gradients(rows, activation, param)
     assert param == 0 or costs.edges[0] > param
 
 
-def test_ranks_share_the_rows_and_poll_as_often(rows, monkeypatch):
+def test_ranks_share_the_rows_and_poll_as_often(rows):
     whole, parts, polls = fisher_costs(sensitive(), rows, batch=2), [], []
     for rank in range(2):  # three batches: two of the first rank, one of the second
-        monkeypatch.setattr(allocation, "rank_and_world", lambda rank=rank: (rank, 2))
         polls.append([])
-        parts.append(fisher_costs(sensitive(), rows, batch=2, progress=lambda *at: polls[-1].append(at)))
+        progress = lambda *at: polls[-1].append(at)  # noqa: E731
+        parts.append(fisher_costs(sensitive(), rows, batch=2, progress=progress, group=RowGroup(rank, 2)))
     assert polls == [[(1, 2), (2, 2)]] * 2
     for layer in range(3):
         assert torch.equal(parts[0].counts[layer] + parts[1].counts[layer], whole.counts[layer])

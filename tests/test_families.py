@@ -15,6 +15,7 @@ from prosparse.ffn import activation_key, activation_of, by_expert, neurons, set
 from prosparse.penalty import COUNT, MAGNITUDE, NONZERO, PenaltyContext, new_statistics
 from prosparse.sparsity import measure
 from prosparse.telemetry import _idle
+from prosparse.ulysses import no_sharing
 
 DOWN = ("down_proj", "fc2", "dense_4h_to_h")  # the modules that the intermediate enters
 FACTOR = 0.7
@@ -120,10 +121,10 @@ def test_documents_of_a_row_are_kept_apart_or_the_model_is_refused_for_chats(fam
     substitute(model, "relu")
     config = compose("train", ["experiment=demo", f"attention={attention}", "micro_batch=2"])
     if family in APART:
-        engine.check_packing(model, config)
+        engine.check_packing(model, config, no_sharing())
         return
     with pytest.raises(ValueError, match=f"attention={attention} and micro_batch=2 does not keep the documents of"):
-        engine.check_packing(model, config)
+        engine.check_packing(model, config, no_sharing())
 
 
 def test_a_model_that_is_not_finite_is_not_taken_for_one_that_keeps_documents_apart(monkeypatch):
@@ -131,7 +132,7 @@ def test_a_model_that_is_not_finite_is_not_taken_for_one_that_keeps_documents_ap
     model = base_model("llama")
     model.get_input_embeddings().weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="does not keep the documents"):
-        engine.check_packing(model, compose("train", ["experiment=demo"]))
+        engine.check_packing(model, compose("train", ["experiment=demo"]), no_sharing())
 
 
 def test_the_kernel_for_experts_on_a_gpu_computes_what_the_loop_computes():
