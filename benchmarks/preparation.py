@@ -1,7 +1,7 @@
 """How fast text becomes rows, and in how much memory: `python benchmarks/preparation.py OUT [rounds [size in MB ...]]`.
 
 In: the standard library's text with the demo's tokenizer, prepared with 1 and with 2 processes in turns; then generated
-text of each size, as many documents of some 2 kB (.jsonl) and as a single one (.txt), with a tokenizer of whole words.
+text of each size, as many documents of some 9 kB (.jsonl) and as a single one (.txt), with a tokenizer of whole words.
 Out: OUT/preparation.json, tokens/s a core and the largest memory (Pss of the process and its workers together).
 """
 

@@ -336,7 +336,15 @@ def _optimizer(config: Train, model: PreTrainedModel) -> torch.optim.Optimizer:
         return torch.optim.AdamW(options, **how, fused=True)
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    return DeepSpeedCPUAdam(options, **how, adamw_mode=True, fp32_optimizer_states=True)
+    adam = DeepSpeedCPUAdam(options, **how, adamw_mode=True, fp32_optimizer_states=True)
+    own = (adam.opt_id, how["lr"], *how["betas"], how["eps"], how["weight_decay"], True, False)
+
+    def begin_anew(*_: Any) -> None:
+        """Else its C++ side, where it is not new as in a resume, multiplies the powers of beta up from step to step."""
+        adam.ds_opt_adam.create_adam(*own)
+
+    adam.register_step_pre_hook(begin_anew)
+    return adam
 
 
 def build_optimizer(config: Train) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from prosparse import schedule
-from prosparse.planning import GB, Choice, cluster, memory, meta_model, seconds, sizes
+from prosparse.planning import GB, Choice, cluster, memory, meta_model, not_reckoned, seconds, sizes
 from prosparse.records import Record, read_run
 from prosparse.verb_configs import GpuKind, Plan
 
@@ -75,6 +75,7 @@ def check(config: Plan) -> tuple[dict[str, Any], list[str]]:
     result |= {
         "compared": compared,
         "bytes": parts,
+        "not_reckoned": not_reckoned(run),
         "achieved_flops_a_rank": (achieved := flops / took / ranks),
         "time": why,
     }
@@ -85,6 +86,8 @@ def check(config: Plan) -> tuple[dict[str, Any], list[str]]:
         ]
         told.append(f"{what:<32} predicted {shown[0]:>10}  measured {shown[1]:>10}  ratio {shown[2]:>6}")
     told.append(f"achieved {achieved / 1e12:.4g} TFLOP/s a rank; time predicted: {why}")
+    if keys := not_reckoned(run):
+        told.append(f"not in the formulas, so the prediction is of a run without: {', '.join(keys)}")
     told.append("predicted GB: " + ", ".join(f"{part} {value / GB:.2f}" for part, value in parts.items()))
     return result, told
 
@@ -92,6 +95,8 @@ def check(config: Plan) -> tuple[dict[str, Any], list[str]]:
 def _where(record: Record, config: Plan) -> tuple[int, str]:
     """(ranks, name of the device) of the run: from its report, else its checkpoints and config.gpus."""
     if match := re.match(r"(\d+) (?:x )?(.+?)(?: ranks?)?$", record.report["device"]):
+        if config.gpus not in (None, int(match[1])):
+            raise ValueError(f"gpus is {config.gpus}, but check={config.check} had {match[1]} ranks: leave gpus out")
         return int(match[1]), match[2]
     for manifest in sorted(record.folder.glob("checkpoints/step-*/manifest.json"), reverse=True):
         ranks = json.loads(manifest.read_text())["ranks"]
@@ -100,8 +105,11 @@ def _where(record: Record, config: Plan) -> tuple[int, str]:
         ranks = config.gpus
     if ranks is None:
         raise ValueError(f"check={config.check} has neither report nor checkpoints: give gpus=N, its ranks")
-    known = any(row.get("mfu") is not None for row in record.train_rows)
-    return ranks, next(part for part, kind in NAMES.items() if kind is config.gpu) if known else "CPU"
+    if any(row.get("mfu") is not None for row in record.train_rows):
+        raise ValueError(
+            f"check={config.check} ran on GPUs and has no report yet, which names them: check it when it ends"
+        )
+    return ranks, "CPU"
 
 
 def _as_plan(values: dict[str, Any], config: Plan) -> Plan:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from prosparse import schedule
 from prosparse.checkpoint import checkpoints_kept
-from prosparse.config import Checkpointing, FfnMemory, Loss, Model, Offload, Recipe
+from prosparse.config import Checkpointing, Dtype, FfnMemory, Loss, Model, Offload, Recipe, Train
 from prosparse.engine import BUCKET
 from prosparse.kernels.loss import CHUNK_BYTES
 from prosparse.plotting import GRAY, GREEN, frame, mark_stages
@@ -206,7 +206,7 @@ def memory(size: Sizes, config: Plan, ranks: int, choice: Choice, cuda: bool = T
     parts["buffers"] = buffers
     moved = ["optimizer", "gradients"] * (config.zero.offload is not Offload.none and cuda)
     moved += ["weights"] * (config.zero.offload_weights and choice.zero == 3 and cuda)
-    host = sum(parts[part] for part in moved)
+    host = sum(parts[part] * (2 if part == "gradients" else 1) for part in moved)  # DeepSpeed has two buffers of these
     parts |= dict.fromkeys(moved, 0.0)
     return parts | {"peak": sum(parts.values()), "host": host}
 
@@ -261,10 +261,26 @@ def choices(config: Plan) -> list[Choice]:
     return [Choice(zero, m, how) for zero in stages for how in ways for m in micro]
 
 
+def not_reckoned(config: Train) -> list[str]:
+    """The keys of a training that would change its memory or time and are not in the formulas."""
+    found = {
+        "dtype=fp32": config.dtype is not Dtype.bf16,
+        "attention=eager": config.attention == "eager",
+        "zero.overlap_comm=true": config.zero.overlap_comm is True,
+        "zero.extra": bool(config.zero.extra),
+    }
+    return [key for key, given in found.items() if given]
+
+
 def plan(config: Plan) -> dict[str, Any]:
-    """What `prosparse plan` tells; ValueError if nothing fits, or a window does not divide."""
+    """What `prosparse plan` tells; ValueError if nothing fits, a window does not divide, or a key is not in it."""
+    if keys := not_reckoned(config):
+        raise ValueError(f"plan does not reckon with {', '.join(keys)}: leave that out here")
     config = replace(config, recipe=schedule.scaled(config.recipe))
     size, gpu, ranks, recipe = sizes(config.model), cluster(config), config.gpus or 1, config.recipe
+    sharing, heads = config.sequence_parallel, (size.heads, size.kv_heads)
+    if size.heads % sharing or (size.kv_heads % sharing and sharing % size.kv_heads):
+        raise ValueError(f"sequence_parallel is {sharing}, which does not divide {heads} heads of queries and keys")
     room = gpu.memory * (1 - config.margin)
     tried = [(choice, memory(size, config, ranks, choice)) for choice in choices(config)]
     kept = f" zero.offload={config.zero.offload}" * (config.zero.offload is not Offload.none)
@@ -286,6 +302,7 @@ def plan(config: Plan) -> dict[str, Any]:
     chosen = Choice(best["zero"], best["micro_batch"], best["checkpointing"])
     told = Choice(config.zero.stage, config.micro_batch, config.checkpointing)
     given: dict[str, Any] = {"overrides": told.overrides, "bytes": memory(size, config, ranks, told)}
+    given["divides"] = told.micro_batch in {choice.micro_batch for choice, _ in tried}
     stages = _stages(config, size, chosen)
     total = {key: sum(stage[key] for stage in stages) for key in ("steps", "tokens", "hours")}
     gpu_hours = total["hours"] * ranks
@@ -402,6 +419,7 @@ def lines(config: Plan, result: dict[str, Any]) -> list[str]:
         told.append(f"{'*' if row == best else ' '} {split} {numbers} {row['hours']:>8,.1f}")
     given = result["given"]
     fits = "fits" if given["fits"] else "does not fit"
+    fits += "" if given["divides"] else f", but a window does not divide by {config.micro_batch} x {of['gpus']}"
     told += [
         f"  the experiment's own {given['overrides']}: {given['bytes']['peak'] / GB:.1f} GB, {fits}",
         "",

@@ -150,11 +150,11 @@ def only_preflight(config: Train) -> dict:
     """preflight=only: the ranks compare each other, and whether all see the run folder and the base model."""
     rank, *_, found = join(config)
     folder = Path(config.run_dir).expanduser()
-    new = from_rank_zero(lambda: not folder.exists())
+    new = from_rank_zero(lambda: [p for p in (folder / "checkpoints", folder, *folder.parents) if not p.exists()])
     checkpoint.release(folder, checkpoint.claim(folder))
-    if new and rank == 0:
-        (folder / "checkpoints").rmdir()
-        folder.rmdir()
+    if rank == 0:
+        for made in new:
+            made.rmdir()
     agree(lambda: _check_model(config, load_config(config.model.source, **_opening(config))))
     return {"run_dir": str(folder), "preflight": found}
 

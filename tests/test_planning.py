@@ -183,7 +183,7 @@ def test_what_is_offloaded_or_shared_leaves_the_rank_and_is_part_of_what_is_past
 
     plain, host = parts(), parts("zero=zero3_offload", "zero.offload_weights=true")
     moved = sum(plain[part] for part in ("weights", "optimizer", "gradients"))
-    assert host["host"] == pytest.approx(moved) and plain["host"] == 0
+    assert host["host"] == pytest.approx(moved + plain["gradients"]) and plain["host"] == 0
     assert host["peak"] == pytest.approx(plain["peak"] - moved)
     assert parts("sequence_parallel=4")["activations"] == pytest.approx(plain["activations"] / 4)
     given = ["zero.offload=cpu", "sequence_parallel=4"]
@@ -191,3 +191,40 @@ def test_what_is_offloaded_or_shared_leaves_the_rank_and_is_part_of_what_is_past
     assert best["zero"] > 1 and all(word in best["overrides"].split() for word in given)
     with pytest.raises(ValueError, match="does not divide gpus=6"):
         compose("plan", ["experiment=llama2_7b", "gpus=6", "sequence_parallel=4"])
+
+
+def test_the_figures_of_a_plan_are_those_reckoned_by_hand():
+    """Llama 2 7B, 8 A100, windows of 512 x 4096, ZeRO-2, micro_batch 2: 32 micro-batches of a rank."""
+    result, n = plan(compose("plan", LLAMA_7B)), 6_738_415_616
+    best = result["recommended"]
+    assert best["overrides"] == "zero=zero2 micro_batch=2 checkpointing=none"
+    by = best["bytes"]
+    assert (by["weights"], by["optimizer"], by["gradients"]) == (2 * n, 12 * n / 8, 4 * n / 8)
+    assert by["activations"] == 8192 * (32 * (16 * 4096 + 4 * 34 + 6 * 11008) + 4 * 4096)
+    stage = result["stages"][0]
+    links = 2 * (2 * 32 + 1) * n * 7 / 8 / (300e9 * 0.75)
+    flops = 512 * 4096 * (6 * (n - 32000 * 4096) + 12 * 32 * 4096 * 4096)
+    assert stage["communication_seconds"] == pytest.approx(links)
+    assert stage["computing_seconds"] == pytest.approx(flops / (8 * 312e12 * 0.45))
+    hours = 16500 * (links + flops / (8 * 312e12 * 0.45)) / 3600
+    assert result["total"]["hours"] == pytest.approx(hours)
+    assert result["total"]["energy_kwh"] == pytest.approx(hours * 8 * 0.4 * 1.2)
+    saved = result["checkpoints"]
+    assert saved["bytes"] == 12 * n and saved["kept_bytes"] == saved["kept"] * 12 * n and saved["kept"] > 2
+    recomputed = planning.hours(
+        sizes(compose("plan", LLAMA_7B).model), compose("plan", LLAMA_7B), Choice(2, 2, Checkpointing.non_reentrant)
+    )
+    assert recomputed == pytest.approx(16500 * (links + 4 / 3 * flops / (8 * 312e12 * 0.45)) / 3600)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["dtype=fp32"], "does not reckon with dtype=fp32: leave"),
+        (["attention=eager", "+zero.extra.reduce_bucket_size=5"], "reckon with attention=eager, zero.extra: leave"),
+        (["gpus=64", "sequence_parallel=64"], "sequence_parallel is 64, which does not divide"),
+    ],
+)
+def test_what_the_formulas_do_not_know_is_refused(overrides, words):
+    with pytest.raises(ValueError, match=words):
+        plan(compose("plan", [*LLAMA_7B, *overrides]))
