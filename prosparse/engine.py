@@ -103,10 +103,11 @@ def accumulate(
                 kl_sum += kl.detach()
                 loss = loss + how.weight * how.temperature**2 * kl
                 del kl
+            del hidden, logits  # whose memory holds their gradient, and is free once the output head has read it
             # an infinite loss can have a finite gradient, with which the step would be applied
             finite = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
             engine.backward(loss * (world / labels) * finite, scale_wrt_gas=False)
-            del hidden, logits, loss  # else they lie beside those of the next micro-batch
+            del loss  # else its graph lies beside that of the next micro-batch
             if not last:
                 engine.step()
     sums = torch.cat([context.statistics.flatten(), loss_sum[None], kl_sum[None]])
