@@ -7,10 +7,13 @@ only a few at a time, so neither opening nor memory grows with the text.
 
 import json
 import logging
+import sys
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
+from fractions import Fraction
+from math import gcd, lcm
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -171,12 +174,11 @@ def _shards(folder: Path, table: dict[str, Any]) -> dict[str, list[Shard]]:
 
 
 def proportions(weights: Mapping[str, float]) -> dict[str, int]:
-    """The weights as the whole numbers that a mixture realizes exactly, the smallest as 100; sorted by name.
-
-    (grain scales the smallest weight to 100 and cuts off decimals; of these there is nothing to cut.)
-    """
-    smallest = min(weights.values())
-    return {name: round(100 * weights[name] / smallest) for name in sorted(weights)}
+    """The smallest whole numbers in the proportion of the weights, as these are written in decimals; sorted by name."""
+    exact = {name: Fraction(repr(float(weights[name]))) for name in sorted(weights)}
+    unit = lcm(*(weight.denominator for weight in exact.values()))
+    common = gcd(*(int(weight * unit) for weight in exact.values()))
+    return {name: int(weight * unit) // common for name, weight in exact.items()}
 
 
 def epochs(rows: Mapping[str, Sized], weights: Mapping[str, float], rows_used: int) -> dict[str, float]:
@@ -185,10 +187,34 @@ def epochs(rows: Mapping[str, Sized], weights: Mapping[str, float], rows_used: i
     return {name: rows_used * part / sum(parts.values()) / len(rows[name]) for name, part in parts.items()}
 
 
+class Turns:
+    """Which source gives row i of an endless mixture, and its how manieth: `turns[i]` is (source, row).
+
+    The first source takes its share of the rows, rounded down at each end, the next one of what is left, and so on: of
+    any n rows a source has its share within a row for each source before it, and one.
+    """
+
+    def __init__(self, parts: Sequence[int]):
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        whole, before, through = sum(self.parts), index, index + 1  # rows left up to the row, and with it
+        for source, part in enumerate(self.parts):
+            left_before, left_through = before * (whole - part) // whole, through * (whole - part) // whole
+            if left_through == left_before:
+                break
+            whole, before, through = whole - part, left_before, left_through
+        return source, before - left_before
+
+
 def mixture(rows: Mapping[str, Rows], weights: Mapping[str, float], seed: int) -> Any:
     """An endless grain.MapDataset whose row i, int32 `[context]`, is a function of (rows, weights, seed, i) alone.
 
-    Each source is shuffled, anew in every epoch, and has its share of every stretch of rows (see `proportions`).
+    Each source is shuffled, anew in every epoch, and has its share of every stretch of rows (see `Turns`; grain's own
+    mixture would round weights to a hundredth of the smallest).
     """
     logging.getLogger("absl").setLevel(logging.ERROR)  # grain complains at import that it has no jax profiler
     import grain
@@ -197,7 +223,7 @@ def mixture(rows: Mapping[str, Rows], weights: Mapping[str, float], seed: int) -
     # grain shuffles epoch e with seed + e: neighboring seeds would repeat each other's order one epoch later
     seeds = {name: xxhash.xxh32_intdigest(f"{seed}/{name}".encode()) for name in parts}
     sources = [grain.MapDataset.source(rows[name]).shuffle(seed=seeds[name]).repeat() for name in parts]
-    return grain.MapDataset.mix(sources, list(parts.values()))
+    return grain.MapDataset.select_from_datasets(sources, Turns(list(parts.values())))  # type: ignore[arg-type]
 
 
 @dataclass

@@ -395,11 +395,13 @@ def test_every_stretch_of_the_mixture_has_the_weights(tmp_path):
     assert epochs(SOURCES, WEIGHTS, 4000) == {"a": 3000 / 350, "b": 1000 / 100}
 
 
-def test_weights_that_grain_would_cut_off_are_rounded():
-    weights = {"a": 0.3, "b": 0.1}  # 0.3 / 0.1 * 100 is 299.99…
+@pytest.mark.parametrize(("a", "b", "whole"), [(0.3, 0.1, 4), (0.37, 0.63, 100), (1.004, 1.0, 501), (1e-3, 3.0, 3001)])
+def test_weights_are_met_to_the_row(a, b, whole):
+    weights = {"a": a, "b": b}
     rows = mixture(SOURCES, weights, seed=0)
-    assert sum(rows[i][0] >= 0 for i in range(400)) == 300
-    assert epochs(SOURCES, weights, 400) == {"a": 300 / 350, "b": 1.0}
+    for first in (0, 7 * whole, 10**9 * whole):
+        assert sum(rows[i][0] >= 0 for i in range(first, first + whole)) == round(whole * a / (a + b))
+    assert epochs(SOURCES, weights, whole)["a"] == pytest.approx(whole * a / (a + b) / 350)
 
 
 def test_a_row_of_the_mixture_depends_on_seed_and_index_alone():
