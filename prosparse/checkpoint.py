@@ -4,15 +4,12 @@ In: a DeepSpeed engine, a `TrainState` and what belongs to the run. Out: checkpo
 is written last, names every file with size and digest, and becomes visible by one rename. There is no pointer file.
 """
 
-import fcntl
 import json
 import os
 import re
 import shutil
-import socket
 import sys
 import time
-import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
@@ -31,16 +28,6 @@ from prosparse.group import agree, from_rank_zero, gathered, rank_and_world, sha
 FORMAT = 2
 ENGINE = "engine"  # the folder of the ranks' own files
 NAME = re.compile(r"step-\d{8}")
-_locks: set[int] = set()  # descriptors; a forked worker that kept one would keep the folder locked
-LOCK_SECONDS = 5.0  # a run that has just been stopped may take so long to let go of its folder
-
-
-def _let_go() -> None:
-    for lock in _locks:
-        os.close(lock)
-
-
-os.register_at_fork(after_in_child=_let_go)
 
 
 @dataclass
@@ -241,49 +228,6 @@ def gather(engine: Any) -> dict[str, Tensor]:
 # --- the folders of a run ---------------------------------------------------------------------------------------------
 
 
-def claim(run_dir: Path) -> int | None:
-    """Make the run folder and lock it (all ranks call it); returns rank 0's lock, which `release` frees.
-
-    Raises ValueError unless rank 0 can write the folder, every rank sees it and no other run holds it.
-    """
-    probe = run_dir / ".probe"
-
-    def write() -> tuple[str, int]:
-        try:
-            (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-            lock = _lock(run_dir)
-            probe.write_text(token := uuid.uuid4().hex)
-            return token, lock
-        except OSError as error:
-            raise ValueError(
-                f"run_dir={run_dir} cannot be written ({error.strerror}): choose a folder that can"
-            ) from error
-
-    def look() -> None:
-        if not probe.is_file() or probe.read_text() != token:
-            here = f"run_dir={run_dir} on host {socket.gethostname()}"
-            raise ValueError(f"{here} is not the folder that rank 0 sees: choose one that all hosts share")
-
-    token, lock = from_rank_zero(write)
-    try:
-        agree(look)
-    except BaseException:
-        release(run_dir, lock if rank_and_world()[0] == 0 else None)
-        raise
-    finally:
-        if rank_and_world()[0] == 0:
-            probe.unlink()
-    return lock if rank_and_world()[0] == 0 else None
-
-
-def release(run_dir: Path, lock: int | None) -> None:
-    """Let another run have the folder."""
-    if lock is not None:
-        (run_dir / ".lock").unlink(missing_ok=True)
-        _locks.discard(lock)
-        os.close(lock)
-
-
 def difference(old: Any, new: Any, path: str = "") -> str | None:
     """The first key in which two nested dicts differ, in words; None if they are equal."""
     if isinstance(old, dict) and isinstance(new, dict):
@@ -410,32 +354,6 @@ def checkpoints_kept(steps: int, stage_ends: list[int], how: Save) -> int:
 
 def _rank_file(rank: int) -> str:
     return f"{ENGINE}/rank-{rank:05d}.safetensors"
-
-
-def _lock(run_dir: Path) -> int:
-    path, give_up = run_dir / ".lock", time.monotonic() + LOCK_SECONDS
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-                break  # else its last holder has removed it meanwhile
-        except BlockingIOError:
-            if time.monotonic() > give_up:
-                holder = os.read(descriptor, 200).decode(errors="replace") or "another run"
-                os.close(descriptor)
-                raise ValueError(
-                    f"run_dir={run_dir} is in use by {holder}: stop that one (touch {run_dir}/STOP) or choose another"
-                ) from None
-            time.sleep(0.2)
-        except OSError as error:
-            print(f"{run_dir} cannot be locked ({error.strerror}): start no second run there", file=sys.stderr)
-            break
-        os.close(descriptor)
-    _locks.add(descriptor)
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    return descriptor
 
 
 def _commit(temporary: Path, final: Path, manifest: dict) -> None:

@@ -201,13 +201,13 @@ class Turns:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        whole, before, through = sum(self.parts), index, index + 1  # rows left up to the row, and with it
-        for source, part in enumerate(self.parts):
-            left_before, left_through = before * (whole - part) // whole, through * (whole - part) // whole
+        source, whole, before, through = 0, sum(self.parts), index, index + 1  # rows left up to the row, and with it
+        while True:
+            rest = whole - self.parts[source]
+            left_before, left_through = before * rest // whole, through * rest // whole
             if left_through == left_before:
-                break
-            whole, before, through = whole - part, left_before, left_through
-        return source, before - left_before
+                return source, before - left_before
+            source, whole, before, through = source + 1, rest, left_before, left_through
 
 
 def mixture(rows: Mapping[str, Rows], weights: Mapping[str, float], seed: int) -> Any:

@@ -39,6 +39,7 @@ from prosparse.engine import (
 )
 from prosparse.ffn import activation_key, activation_of, substitute
 from prosparse.group import agree, from_rank_zero, on_any_rank, patience, shared, start_group
+from prosparse.lock import claim, release
 from prosparse.models.formats import TRAINED_WITH_BOS, released_config
 from prosparse.models.load import load_config, load_model, load_tokenizer
 from prosparse.preflight import preflight
@@ -151,7 +152,7 @@ def only_preflight(config: Train) -> dict:
     rank, *_, found = join(config)
     folder = Path(config.run_dir).expanduser()
     new = from_rank_zero(lambda: [p for p in (folder / "checkpoints", folder, *folder.parents) if not p.exists()])
-    checkpoint.release(folder, checkpoint.claim(folder))
+    release(folder, claim(folder))
     if rank == 0:
         for made in new:
             made.rmdir()
@@ -168,13 +169,13 @@ def open_run(config: Train) -> Run:
     folder = Path(config.run_dir).expanduser()
     agree(lambda: deepspeed_config(config, world))
     build_optimizer(config)
-    lock = checkpoint.claim(folder)
+    lock = claim(folder)
     try:
         return _open_claimed(config, folder, rank, world, device, lock)
     except BaseException as error:
         if rank == 0 and isinstance(error, Stopped):
             (folder / "STOP").unlink(missing_ok=True)
-        checkpoint.release(folder, lock)
+        release(folder, lock)
         raise
 
 
@@ -281,7 +282,7 @@ def close(run: Run) -> None:
     if (trace := run.profiler.end()) is not None:
         run.say(f"profile  {trace}: cut by the end of this start")
     run.saver.close()
-    checkpoint.release(run.folder, run.lock)
+    release(run.folder, run.lock)
 
 
 def _opening(config: Train) -> dict:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prosparse import checkpoint, shards
+from prosparse import checkpoint, lock, shards
 from prosparse.config import Save
 
 
@@ -103,10 +103,20 @@ def test_a_stage_is_found_by_its_name(tmp_path):
 
 
 def test_a_run_folder_has_one_run_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "LOCK_SECONDS", 0.3)
-    lock = checkpoint.claim(tmp_path)
+    monkeypatch.setattr(lock, "LOCK_SECONDS", 0.3)
+    held = lock.claim(tmp_path)
     with pytest.raises(ValueError, match=rf"run_dir={tmp_path} is in use by process {os.getpid()} on .*STOP"):
-        checkpoint.claim(tmp_path)
-    checkpoint.release(tmp_path, lock)
+        lock.claim(tmp_path)
+    lock.release(tmp_path, held)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
-    checkpoint.release(tmp_path, checkpoint.claim(tmp_path))
+    lock.release(tmp_path, lock.claim(tmp_path))
+
+
+def test_a_run_folder_that_a_rank_cannot_write_is_refused_and_let_go(tmp_path):
+    stands_in_the_way = tmp_path / "checkpoints" / ".probe-0"
+    stands_in_the_way.mkdir(parents=True)
+    with pytest.raises(ValueError, match=rf"run_dir={tmp_path} cannot be written on host .*: choose a folder that can"):
+        lock.claim(tmp_path)
+    stands_in_the_way.rmdir()
+    lock.release(tmp_path, lock.claim(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]

@@ -8,7 +8,7 @@ from conftest import ROOT
 
 FLOORS = [
     {"activations", "config", "verb_configs", "checks", "verb_checks", "signals", "meeting", "group"},
-    {"schedule", "penalty", "kernels", "shards", "guard", "controller", "checkpoint"},
+    {"schedule", "penalty", "kernels", "shards", "guard", "controller", "lock", "checkpoint"},
     {"ffn", "decoding", "chat", "sources"},
     {"models", "data", "ulysses", "tokenization", "packing", "preparation"},
     {"sparsity", "activity"},

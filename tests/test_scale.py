@@ -1,13 +1,14 @@
 """What holds for 512 ranks and 500 billion tokens, by index alone: rows, stages, batches, weights, pieces of a save."""
 
 from collections import Counter
+from dataclasses import asdict
 from itertools import chain
 
 import numpy as np
 import pytest
 import torch
 
-from prosparse import schedule, shards
+from prosparse import checkpoint, schedule, shards
 from prosparse.config import L1, Activation, Batch, L1Shape, Lr, Recipe, Stage, StageBatch
 from prosparse.data import epochs, mixture
 
@@ -126,6 +127,14 @@ def test_a_row_costs_the_same_at_the_start_and_at_the_end_of_the_corpus():
         assert len(read) == len(mine)  # no other row is touched on the way
 
 
+def holds(folder, rank: int) -> bool:
+    try:
+        return bool(checkpoint.verify(folder, rank, 300))
+    except ValueError as error:
+        assert "engine/rank-00411.safetensors is not the file that was saved" in str(error)
+        return False
+
+
 def test_the_checkpoint_of_512_ranks_is_read_whole_by_any_number(tmp_path):
     """Parameters in a row, cut into 512 equal parts wherever that falls, as ZeRO-1 and 2 cut them."""
     shapes = {"embed": [331, 16], "gate": [48, 16], "norm": [16], "up": [48, 16], "down": [16, 48]}
@@ -146,11 +155,20 @@ def test_the_checkpoint_of_512_ranks_is_read_whole_by_any_number(tmp_path):
             at += size
         return found
 
-    files, manifest = [], {}
+    final = tmp_path / "checkpoints" / "step-00000007"
+    temporary, entries = final.with_suffix(".tmp"), {}
+    (temporary / checkpoint.ENGINE).mkdir(parents=True)
     for rank in range(RANKS):
-        files.append(tmp_path / f"rank-{rank:05d}.safetensors")
-        manifest[rank] = shards.write(files[-1], *shards.tensors_of(pieces(rank, RANKS, fill=True)))
-    assert all(shards.digest(path) == manifest[rank] for rank, path in enumerate(files))
+        path = checkpoint.rank_files(temporary, {"ranks": RANKS})[rank]
+        entries[str(path.relative_to(temporary))] = shards.write(
+            path, *shards.tensors_of(pieces(rank, RANKS, fill=True))
+        )
+    state = asdict(checkpoint.TrainState(step=7))
+    manifest = {"format": checkpoint.FORMAT, "state": state, "ranks": RANKS, "shapes": shapes, "files": entries}
+    checkpoint._commit(temporary, final, manifest)
+    assert checkpoint.find(tmp_path) == final
+    assert all(checkpoint.verify(final, rank, 300) == manifest for rank in (0, 1, 299))  # each its share of digests
+    files = checkpoint.rank_files(final, manifest)
     weights = shards.read_weights(files, shapes)
     assert all(torch.equal(weights[name].flatten(), values["master"][name]) for name in shapes)
     for ranks in (256, 7):
@@ -163,3 +181,7 @@ def test_the_checkpoint_of_512_ranks_is_read_whole_by_any_number(tmp_path):
                     assert torch.equal(piece.states[state], kept), (ranks, rank, piece.name)
     with pytest.raises(ValueError, match=r"of \d+ elements are in the files"):
         shards.read_weights([*files[:100], *files[101:]], shapes)
+    with open(files[411], "r+b") as damaged:
+        damaged.seek(-1, 2)
+        damaged.write(bytes([files[411].read_bytes()[-1] ^ 1]))
+    assert [rank for rank in range(300) if not holds(final, rank)] == [411 % 300]
