@@ -22,6 +22,7 @@ from prosparse.activity import Activity
 from prosparse.data import Batch
 from prosparse.data import batch as make_batch
 from prosparse.ffn import down_weights, find_ffns, observing
+from prosparse.kernels.loss import CHUNK_BYTES
 from prosparse.penalty import mean_abs_by_layer, new_statistics, row_mask, sparsity_by_layer, tally_kept
 from prosparse.ulysses import RowGroup, no_sharing
 
@@ -96,9 +97,10 @@ def run_passes(
         with group.attending(model), observing(model, partial(see, data=data if own else None)):
             logits = model(**data.inputs(), use_cache=False).logits
         if own:
-            totals += torch.stack(
-                [language_loss(logits, data.labels).double(), totals.new_tensor(labeled(data.labels))]
-            )
+            size = max(1, CHUNK_BYTES[logits.device.type] // (4 * logits[:, 0].numel()))  # positions in fp32 at a time
+            parts = zip(logits.split(size, 1), data.labels.split(size, 1), strict=True)
+            loss = torch.stack([language_loss(*part) for part in parts]).sum(dtype=torch.float64)
+            totals += torch.stack([loss, totals.new_tensor(labeled(data.labels))])
             if ended is not None:
                 ended(data)
         if progress is not None:
