@@ -76,6 +76,11 @@ def compose(verb: str, overrides: Sequence[str] = (), config_dir: str | None = N
     if SCHEMAS[verb] is Plan:  # reads no text
         for key in [key for key in OmegaConf.missing_keys(raw) if key.startswith("data.")]:
             OmegaConf.update(raw, key, "not given")
+        others = [
+            name for name in overrides if re.split(r"[@.=]", name.lstrip("+~"))[0] not in vars(Plan)["__annotations__"]
+        ]
+        if raw.check is not None and others:
+            raise ValueError(f"check={raw.check} is reckoned as that run was configured: leave out {' '.join(others)}")
     missing = OmegaConf.missing_keys(raw)
     if missing:
         raise ValueError(

@@ -135,12 +135,14 @@ BAD = [
     (["gpus=7"], "recipe.batch.sequences is 512"),
     (["gpus=1"], "nothing fits: even zero=zero"),
     (["check=nowhere"], "check=nowhere: nowhere is no run folder"),
+    (["check=nowhere", "micro_batch=4"], "check=nowhere is reckoned as that run was configured: leave out micro_batch=4"),
 ]
 
 
 @pytest.mark.parametrize(("overrides", "message"), BAD)
 def test_a_mistake_is_one_line_that_names_the_key(overrides, message, capsys):
-    assert main(["plan", "experiment=llama2_7b", *overrides]) == 2
+    what = [] if "check=nowhere" in overrides else ["experiment=llama2_7b"]
+    assert main(["plan", *what, *overrides]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and error.startswith("prosparse plan: ")
 
