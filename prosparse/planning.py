@@ -31,6 +31,7 @@ ZERO3_LIVE = 1_000_000_000  # gathered weights at a time; also what the optimize
 ZERO3_PREFETCH = 50_000_000
 GPU_PROCESS = 1.5e9  # bytes of the CUDA context and of NCCL: assumed
 CPU_PROCESS = 0.66e9  # resident bytes of a CPU rank with all libraries and the text before it loads a model: measured
+CPU_HOLES = 0.13e9  # in its heap, of what was freed: chosen (docs/planning.md)
 RECOMPUTED = {  # work of a step with activation checkpointing beside one without it
     Checkpointing.none: 1.0,
     Checkpointing.selective: 1.05,  # element-wise only: assumed
@@ -190,7 +191,7 @@ def memory(size: Sizes, config: Plan, ranks: int, choice: Choice, cuda: bool = T
     }
     if not cuda:  # a heap that keeps what loading freed; gloo's copies of gathered weights and of scattered gradients
         copies = 1 + (ranks > 1) * (2 if choice.zero == 3 else 1)
-        parts["process"] = CPU_PROCESS + BF16 * n * copies
+        parts["process"] = CPU_PROCESS + CPU_HOLES + BF16 * n * copies
     backward = max(loss, tokens * at_work + BF16 * embedding)  # when it begins, all activations are there
     if choice.zero == 1:
         flat = min(n, ZERO1_BUCKET)

@@ -135,7 +135,7 @@ BAD = [
     (["gpus=7"], "recipe.batch.sequences is 512"),
     (["gpus=1"], "nothing fits: even zero=zero"),
     (["check=nowhere"], "check=nowhere: nowhere is no run folder"),
-    (["check=nowhere", "micro_batch=4"], "check=nowhere is reckoned as that run was configured: leave out micro_batch=4"),
+    (["check=nowhere", "micro_batch=4"], "is reckoned as that run was configured: leave out micro_batch=4"),
 ]
 
 
