@@ -75,7 +75,7 @@ class File(powerinfer_file.File):
 @torch.no_grad()
 def main(export: str, checkpoint: str, rows: str = "8") -> None:
     from prosparse import load_model, load_tokenizer, substitute
-    from prosparse.config import Auto, Data
+    from prosparse.config import Auto, Data, Source
     from prosparse.ffn import activation_of
     from prosparse.preparation import text_rows
     from prosparse.sparsity import spread
@@ -88,8 +88,8 @@ def main(export: str, checkpoint: str, rows: str = "8") -> None:
     model = load_model(checkpoint, dtype=torch.float32)
     if "dropped_threshold" in made:
         substitute(model, "drelu" if activation_of(model)[0] == "drelu" else "relu")
-    how: dict = {"bos": Auto.auto, "column": "text", "cache": Data().cache, "held_out": 0.02}
-    text = text_rows("stdlib", load_tokenizer(checkpoint), 256, **how)
+    how: dict = {"bos": Auto.auto, "cache": Data().cache, "held_out": 0.02}
+    text = text_rows(Source(path="stdlib"), load_tokenizer(checkpoint), 256, **how)
     ids = torch.from_numpy(np.stack([text[i] for i in spread(len(text), int(rows))]).astype(np.int64))
     ways = {"transformers, fp32": lambda row: model(row).logits}
     ways |= {"the file, all neurons": lambda row: file.logits(row, False)}

@@ -80,13 +80,13 @@ def main(vllm_python: str, positions: str, *checkpoints: str) -> None:
 
 def stdlib(tokenizer, positions: int) -> dict[str, list[list[int]]]:
     """By name, rows in which `positions` tokens are predicted: some that the demo trains on, and held-out ones."""
-    from prosparse.config import Auto, Data
+    from prosparse.config import Auto, Data, Source
     from prosparse.data import mixture
     from prosparse.preparation import text_splits
     from prosparse.sparsity import spread
 
-    how: dict = {"bos": Auto.auto, "column": "text", "cache": Data().cache, "held_out": HELD_OUT}
-    train, held_out = text_splits("stdlib", tokenizer, 256, **how)
+    how: dict = {"bos": Auto.auto, "cache": Data().cache, "held_out": HELD_OUT}
+    train, held_out = text_splits(Source(path="stdlib"), tokenizer, 256, **how)
     read = mixture({"stdlib": train}, {"stdlib": 1.0}, 0)
     number = -(-positions // (WINDOW - 1))
     chosen = {

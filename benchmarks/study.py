@@ -32,6 +32,7 @@ GRID = (0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.89)  # sparsities of the arm with
 KEYS = ("model", "sparsity", "perplexity", "x_control", "tokens", "tokens_trained", "steps", "activation")
 TRAINED = ("trained", "shifted", "recovered")
 TASKS = ("opposites", "series")
+FILES = "data.sources.files."  # of a Hub corpus: config, split, column
 
 # What an arm changes of experiment=study: ReLU, λ along a sine, one threshold within +1 % of perplexity.
 # The arm "progressive λ" without a shift is the model `trained` of progressive_shift: the same run, before its shift.
@@ -100,9 +101,10 @@ def run(arm: str, out: Path, scale: str, seed: int, corpus: str, wikitext: str |
     if not (folder / "report" / "report.json").exists():
         verb("train", *overrides(arm, scale, seed), f"run_dir={folder}", *text, *given)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # 3 to 5 GB an arm; the model is in RUN/model
-    texts = {} if corpus.startswith("hub://") else {"corpus": f"{{path: '{corpus}', held_out: 0.02, rows: 128}}"}
+    part = "".join(f", {o.removeprefix(FILES).replace('=', ': ', 1)}" for o in given if o.startswith(FILES))
+    texts = {"corpus": f"{{path: '{corpus}', held_out: 0.02, rows: 128{part}}}"}
     texts |= {"wikitext": f"{{path: '{wikitext}', rows: 128}}"} if wikitext else {}
-    if texts and not complete(out / "measured" / name):
+    if not complete(out / "measured" / name):
         named = ", ".join(f"{key}: {value}" for key, value in texts.items())
         where = [f"context={512 if scale == 'cpu' else 64 if scale == 'smoke' else 1024}", f"cache={out / 'cache'}"]
         verb(

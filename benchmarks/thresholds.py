@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from prosparse import load_model, load_tokenizer, measure, substitute, text_rows
 from prosparse.allocation import cut_apart, fisher_costs, fold, thresholds_at
-from prosparse.config import Auto, Granularity
+from prosparse.config import Auto, Granularity, Source
 from prosparse.data import batch
 from prosparse.sparsity import spread
 
@@ -29,9 +29,9 @@ COLORS = {"model": "#0072B2", "layer": "#E69F00", "neuron": "#D55E00"}
 def main(checkpoint: str, out: str, threads: str = "2") -> None:
     torch.set_num_threads(int(threads))
     tokenizer = load_tokenizer(checkpoint)
-    how: dict = {"bos": Auto.auto, "column": "text", "cache": "~/.cache/prosparse/data"}
-    train = text_rows("stdlib", tokenizer, 256, **how, held_out=None)
-    held_out = text_rows("stdlib", tokenizer, 256, **how, held_out=0.02)
+    how: dict = {"bos": Auto.auto, "cache": "~/.cache/prosparse/data"}
+    train = text_rows(Source(path="stdlib"), tokenizer, 256, **how, held_out=None)
+    held_out = text_rows(Source(path="stdlib"), tokenizer, 256, **how, held_out=0.02)
     calibration = [train[i] for i in spread(len(train), 32)]
     rows = [held_out[i] for i in spread(len(held_out), 48)]
 

@@ -58,7 +58,7 @@ VERBATIM = ("prompt", "system")
 LISTS = re.compile(r"^(runs|measures)=\[?(.*?)\]?$")
 FREE_TEXT = re.compile(
     r"^(prompt|system|run_dir|resume|fork|teacher|checkpoint|text|out|predictors|check|(evaluate\.)?task_path|model\.source|"
-    r"data\.(cache|tokenizer|sources\.\w+\.path))="
+    r"data\.(cache|tokenizer|sources\.\w+\.(path|config|split))|config|split)="
 )
 USAGE = f"""usage: prosparse VERB key=value ...
 verbs: {", ".join(SCHEMAS)}
@@ -249,7 +249,7 @@ def _run_several(verb: str, overrides: list[str], config_dir: str | None) -> int
 
 def _quote(override: str) -> str:
     """Quote a free-text value that Hydra's grammar would stumble over; a mapping that begins empty takes new keys."""
-    if override.startswith("texts="):
+    if override.startswith(("texts=", "data.sources={")):
         return f"+{override}"
     if several := LISTS.match(override):
         parts = [part.strip() for part in several[2].split(",") if part.strip()]

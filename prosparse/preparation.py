@@ -149,35 +149,34 @@ def prepare_shard(
 
 
 def text_rows(
-    text: str, tokenizer: Any, context: int, *, bos: Auto, column: str, cache: str, held_out: float | None = None
+    source: Source, tokenizer: Any, context: int, *, bos: Auto, cache: str, held_out: float | None = None
 ) -> Rows:
-    """The rows of one text (a named text, file, folder or hub://NAME): all of it, or only its `held_out` share.
+    """The rows of one source, by itself: all of it, or only its `held_out` share.
 
     The same share of the same text gives the held-out rows of `prepare`. Raises ValueError as `prepare` does.
     """
-    (rows,) = _text_rows([SPLITS[held_out is not None]], text, tokenizer, context, bos, column, cache, held_out)
+    (rows,) = _text_rows([SPLITS[held_out is not None]], source, tokenizer, context, bos, cache, held_out)
     return rows
 
 
 def text_splits(
-    text: str, tokenizer: Any, context: int, *, bos: Auto, column: str, cache: str, held_out: float
+    source: Source, tokenizer: Any, context: int, *, bos: Auto, cache: str, held_out: float
 ) -> tuple[Rows, Rows]:
-    """The rows of the training documents of one text and those of the `held_out` share; see `text_rows`."""
-    train, other = _text_rows(SPLITS, text, tokenizer, context, bos, column, cache, held_out)
+    """The rows of the training documents of one source and those of the `held_out` share; see `text_rows`."""
+    train, other = _text_rows(SPLITS, source, tokenizer, context, bos, cache, held_out)
     return train, other
 
 
 def _text_rows(
     splits: Sequence[str],
-    text: str,
+    source: Source,
     tokenizer: Any,
     context: int,
     bos: Auto,
-    column: str,
     cache: str,
     held_out: float | None,
 ) -> list[Rows]:
-    source, data = Source(path=text, column=column), Data(held_out=held_out or 0.0, cache=cache)
+    data = Data(held_out=held_out or 0.0, cache=cache)
     folders, _ = _prepare({"text": source}, tokenizer, data, [context], verify=False)
     prepared = open_prepared({"text": folders["text"][context]})
     for split in splits:

@@ -108,6 +108,8 @@ class Reads(Opens):
 
     text: str = MISSING  # `stdlib`, a file, a folder, a URL, or hub://NAME
     column: str = "text"
+    config: str | None = None  # Hub data sets: configuration name
+    split: str = "train"  # Hub data sets: split
     context: int = 512
     batch: int = 4  # rows that the model computes together
     bos: Auto = Auto.auto
@@ -121,6 +123,8 @@ class Text:
     path: str = MISSING  # as `text`
     held_out: float | None = None
     column: str = "text"
+    config: str | None = None
+    split: str = "train"
     rows: int | None = None
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prosparse.config import Auto, Dtype, ExportFormat, Train
+from prosparse.config import Auto, Dtype, ExportFormat, Source, Train
 from prosparse.verb_checks import parse_shard
 from prosparse.verb_configs import (
     Bench,
@@ -92,12 +92,12 @@ def run_measure(config: Measure) -> dict:
             down_weights(model)
         except ValueError as error:
             raise ValueError(f"{error}: set neurons=false, and with curves=true cett_percent=null") from error
-    alone = Text(config.text or "", config.held_out, config.column, config.rows)
+    alone = Text(config.text or "", config.held_out, config.column, config.config, config.split, config.rows)
     texts = config.texts or {"text" if config.text is None else Path(config.text).stem: alone}
     rows, chosen = {}, {}
     for name, text in texts.items():
         try:
-            rows[name] = from_rank_zero(partial(_rows, config, model, tokenizer, text.held_out, text.path, text.column))
+            rows[name] = from_rank_zero(partial(_rows, config, model, tokenizer, text))
         except ValueError as error:
             raise ValueError(f"{f'texts.{name}: ' * bool(config.texts)}{error}") from error
         chosen[name] = spread(len(rows[name]), text.rows)
@@ -145,9 +145,9 @@ def run_predict(config: Predict) -> dict:
     from prosparse.preparation import text_splits
 
     model, tokenizer = _open(config)
-    how: dict = {key: getattr(config, key) for key in ("column", "cache", "held_out")}
+    how: dict = {key: getattr(config, key) for key in ("cache", "held_out")}
     how["bos"] = _bos(config, model, tokenizer)
-    rows: Any = text_splits(config.text, tokenizer, config.context, **how)
+    rows: Any = text_splits(_source(config), tokenizer, config.context, **how)
     asked = {key: getattr(config, key) for key in ("checkpoint", "text", "held_out", "context", "top")}
     result = predict(model, rows[0], rows[1], config) | asked | _conditions(config, model)
     _write_result(Path(config.out).expanduser(), result)
@@ -165,7 +165,7 @@ def run_shift(config: ShiftCheckpoint) -> dict:
 
     model, tokenizer = _open(config)
     substitute(model, *activation_of(model))
-    rows = _rows(config, model, tokenizer, None)
+    rows = _rows(config, model, tokenizer)
     chosen = [rows[i] for i in spread(len(rows), config.calibration_rows)]
     report = lambda point: print(point, file=sys.stderr)  # noqa: E731
     shifted = shift(model, chosen, config, batch=config.batch, report=report, progress=_bar("calibration"))
@@ -217,7 +217,7 @@ def _export_powerinfer(config: Export, model: Any, tokenizer: Any) -> dict:
     from prosparse.sparsity import spread
 
     assert config.predictors is not None
-    rows = None if config.text is None else _rows(config, model, tokenizer, None)
+    rows = None if config.text is None else _rows(config, model, tokenizer)
     chosen = None if rows is None else [rows[i] for i in spread(len(rows), config.rows)]
     how: dict = {
         "quantization": config.quantization,
@@ -372,20 +372,17 @@ def _bos(config: Reads, model: Any, tokenizer: Any) -> Auto:
     return Auto.auto if starts_with_bos(model.config, tokenizer, config.bos, config.checkpoint) else Auto.none
 
 
-def _rows(
-    config: Reads,
-    model: Any,
-    tokenizer: Any,
-    held_out: float | None,
-    text: str | None = None,
-    column: str | None = None,
-) -> Any:
-    """The rows of config.text, or of another text."""
+def _source(text: Reads | Text) -> Source:
+    path = text.path if isinstance(text, Text) else text.text
+    return Source(path=path, column=text.column, config=text.config, split=text.split)
+
+
+def _rows(config: Reads, model: Any, tokenizer: Any, text: Text | None = None) -> Any:
+    """All rows of config.text, or those of a text of several."""
     from prosparse.preparation import text_rows
 
-    text = text or config.text
-    how: dict = {"column": column or config.column, "cache": config.cache, "held_out": held_out}
-    return text_rows(text, tokenizer, config.context, bos=_bos(config, model, tokenizer), **how)
+    how: dict = {"cache": config.cache, "held_out": text.held_out if text else None}
+    return text_rows(_source(text or config), tokenizer, config.context, bos=_bos(config, model, tokenizer), **how)
 
 
 def _say(line: str) -> None:

@@ -193,3 +193,11 @@ def test_multirun_runs_every_combination_checks_them_first_and_writes_nothing(mo
 def test_multirun_under_a_launcher_is_refused(tmp_path):
     done = prosparse("train", "-m", "experiment=demo", "seed=1,2", cwd=tmp_path, WORLD_SIZE="2", RANK="0")
     assert done.returncode == 2 and "--multirun" in done.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_sources_are_added_and_parts_of_data_sets_named_on_the_command_line():
+    given = ["experiment=study", "run_dir=x", "data.sources.files.path=hub://a/b", "data.sources.files.split=train[:9]"]
+    sources = compose("train", [*given, "data.sources={more: {path: y, weight: 2}}"]).data.sources
+    assert (sources["files"].split, sources["more"].path, sources["more"].weight) == ("train[:9]", "y", 2.0)
+    read = compose("measure", ["checkpoint=x", "text=hub://a/b", "config=sample-10BT", "split=train[:1%]"])
+    assert (read.config, read.split) == ("sample-10BT", "train[:1%]")

@@ -139,7 +139,7 @@ def test_a_tokenizer_without_bos_is_said_once(make_data, tiny_tokenizer, capsys)
 def test_a_control_token_written_in_a_text_stays_text(tmp_path, make_data, tiny_tokenizer):
     path = write_jsonl(tmp_path / "x.jsonl", ["a </s> b <s> " * 9])
     cache = str(tmp_path / "cache")
-    rows = matrix(text_rows(path, tiny_tokenizer, CONTEXT, bos=Auto.auto, column="text", cache=cache))
+    rows = matrix(text_rows(Source(path=path), tiny_tokenizer, CONTEXT, bos=Auto.auto, cache=cache))
     assert (rows == 0).sum() == 1 and rows[0, 0] == 0 and (rows == 1).sum() == 0
 
 
@@ -287,10 +287,10 @@ def test_damaged_rows_are_refused(make_data, tiny_tokenizer):
 def test_text_rows_are_all_of_a_text_or_the_held_out_rows_of_the_training(make_data, tiny_tokenizer):
     data = make_data()
     prepared = prepare(data, tiny_tokenizer, [CONTEXT])[CONTEXT]
-    options = {"bos": Auto.auto, "column": "text", "cache": data.cache}
-    held_out = text_rows(data.sources["a"].path, tiny_tokenizer, CONTEXT, **options, held_out=0.2)
+    options = {"bos": Auto.auto, "cache": data.cache}
+    held_out = text_rows(data.sources["a"], tiny_tokenizer, CONTEXT, **options, held_out=0.2)
     assert (matrix(held_out) == matrix(prepared.held_out)).all()
-    everything = text_rows(data.sources["a"].path, tiny_tokenizer, CONTEXT, **options)
+    everything = text_rows(data.sources["a"], tiny_tokenizer, CONTEXT, **options)
     assert 0 <= len(everything) - len(prepared.train["a"]) - len(held_out) <= 1
 
 

@@ -15,7 +15,7 @@ from test_models import base_model
 
 from prosparse.activity import hot
 from prosparse.cli import main
-from prosparse.config import Auto
+from prosparse.config import Auto, Source
 from prosparse.ffn import substitute
 from prosparse.models.load import load_model, load_tokenizer
 from prosparse.predictor import Predictor, Recording, fit, judge, load_predictors, only_predicted, places, record
@@ -92,8 +92,8 @@ def test_the_folder_is_what_powerinfer_reads_and_nothing_else(made):
 
 def splits(small):
     tokenizer = load_tokenizer(small["model"])
-    options = {"bos": Auto.auto, "column": "text", "cache": str(small["cache"]), "held_out": 0.2}
-    return tokenizer, text_splits(str(small["text"]), tokenizer, 32, **options)
+    options = {"bos": Auto.auto, "cache": str(small["cache"]), "held_out": 0.2}
+    return tokenizer, text_splits(Source(path=str(small["text"])), tokenizer, 32, **options)
 
 
 def test_no_document_is_both_learned_from_and_judged_on(small):

@@ -239,12 +239,12 @@ def test_a_long_document_gives_the_rows_of_the_whole_text(tmp_path, tokenizer, m
     (tmp_path / "long.txt").write_text(lines, newline="")
     text = lines.replace("\r\n", "\n")
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": text}))
-    how = {"bos": Auto.auto, "column": "text", "cache": str(tmp_path / "cache")}
+    how = {"bos": Auto.auto, "cache": str(tmp_path / "cache")}
     expected = [0, *tokenizer(text, add_special_tokens=False)["input_ids"], 1]
     for limit in (2**20, 500):
         monkeypatch.setattr(sources, "PIECE_CHARACTERS", limit)
         for name in ("long.txt", "long.jsonl"):
-            rows = matrix(text_rows(str(tmp_path / name), tokenizer, CONTEXT, **how))
+            rows = matrix(text_rows(Source(path=str(tmp_path / name)), tokenizer, CONTEXT, **how))
             assert rows.ravel().tolist() == expected[: rows.size] and len(expected) - rows.size < CONTEXT, (limit, name)
 
 
