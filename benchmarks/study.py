@@ -101,7 +101,8 @@ def run(arm: str, out: Path, scale: str, seed: int, corpus: str, wikitext: str |
     if not (folder / "report" / "report.json").exists():
         verb("train", *overrides(arm, scale, seed), f"run_dir={folder}", *text, *given)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # 3 to 5 GB an arm; the model is in RUN/model
-    part = "".join(f", {o.removeprefix(FILES).replace('=', ': ', 1)}" for o in given if o.startswith(FILES))
+    hub = dict(o.removeprefix(FILES).split("=", 1) for o in given if o.startswith(FILES))
+    part = "".join(f", {key}: '{value}'" for key, value in hub.items())
     texts = {"corpus": f"{{path: '{corpus}', held_out: 0.02, rows: 128{part}}}"}
     texts |= {"wikitext": f"{{path: '{wikitext}', rows: 128}}"} if wikitext else {}
     if not complete(out / "measured" / name):
