@@ -21,7 +21,7 @@ FLOORS = [
     {"verbs"},
     {"cli"},
 ]
-DEEPSPEED = ("run", "engine", "checkpoint", "models", "ulysses", "training_benchmark")
+DEEPSPEED = ("run", "engine", "checkpoint", "models", "ulysses", "rivals")
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = {
     path: path.relative_to(ROOT / "prosparse").parts[0].removesuffix(".py")

@@ -27,8 +27,9 @@ def test_ours_and_the_hooks_walk_the_same_way_and_their_ratios_are_written(tmp_p
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "result.json").read_text())
     assert json.loads(done.stdout.splitlines()[-1])["vs_hooks"] == result["vs_hooks"]
-    assert result["vs_hooks"]["largest_loss_difference"] < 5e-3 and result["vs_hooks"]["largest_l1_difference"] < 5e-3
-    assert result["vs_hooks"]["largest_gradient_difference"] < 0.05
+    far = result["largest_differences"]
+    assert set(far) == {"ours, hooks", "control, silu"}
+    assert all(0 <= pair["loss"] < 5e-3 and pair["l1"] < 5e-3 and pair["gradient"] < 0.05 for pair in far.values())
     for ratio in (result["vs_silu"]["step_time"], result["vs_hooks"]["tokens_per_second"]):
         assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
     arms = result["arms"]
@@ -41,24 +42,26 @@ def test_ours_and_the_hooks_walk_the_same_way_and_their_ratios_are_written(tmp_p
     assert (tmp_path / "train.png").stat().st_size > 10_000
 
 
+NO_GRADIENT = """import prosparse.kernels.glu as glu; whole = glu._backward
+glu._backward = lambda *given: (*(0 * part for part in whole(*given)[:2]), whole(*given)[2])"""
+NO_PENALTY = """import prosparse.kernels.glu as glu; whole = glu._backward
+glu._backward = lambda *given: whole(*given[:5], 0 * given[5], given[6])"""
+
+
 @pytest.mark.parametrize(
-    "fault",
+    ("fault", "rivals", "pair"),
     [
-        pytest.param(
-            "import prosparse.kernels.glu as glu; whole = glu._backward\n"
-            "glu._backward = lambda *given: (*(0 * part for part in whole(*given)[:2]), whole(*given)[2])",
-            marks=pytest.mark.slow,
-        ),
-        "import prosparse.kernels.glu as glu; whole = glu._backward\n"
-        "glu._backward = lambda *given: whole(*given[:5], 0 * given[5], given[6])",
+        pytest.param(NO_GRADIENT, "hooks", "ours and hooks", marks=pytest.mark.slow),
+        (NO_PENALTY, "hooks", "ours and hooks"),
+        (NO_PENALTY, "", "ours and plain"),
+        pytest.param(NO_GRADIENT, "control,silu", "ours and plain", marks=pytest.mark.slow),
     ],
-    ids=["no gradient of the FFN", "no penalty"],
 )
-def test_a_faster_wrong_answer_is_refused(tmp_path, fault):
+def test_a_faster_wrong_answer_is_refused(tmp_path, fault, rivals, pair):
     (tmp_path / "sitecustomize.py").write_text(
-        "import sys\nif sys.argv[0].endswith('training_benchmark.py') or '-m' in sys.argv:\n"
+        "import sys\nif sys.argv[0].endswith('rivals.py') or '-m' in sys.argv:\n"
         + "".join(f"    {line}\n" for line in fault.splitlines())
     )
-    done = bench(tmp_path, {"PYTHONPATH": str(tmp_path)}, "ranks=1", "rounds=1", "warmup=1")
-    assert done.returncode == 1 and "ours and hooks do not compute the same: the gradient of" in done.stderr
+    done = bench(tmp_path, {"PYTHONPATH": str(tmp_path)}, "ranks=1", "rounds=1", "warmup=1", f"rivals=[{rivals}]")
+    assert done.returncode == 1 and f"{pair} do not compute the same: the gradient of" in done.stderr
     assert not (tmp_path / "result.json").exists()
