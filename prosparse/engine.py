@@ -45,7 +45,7 @@ class Window:
     loss: float
     kl: float | None
     tokens: int
-    statistics: torch.Tensor  # fp64 [layers, 3]
+    statistics: torch.Tensor  # fp64 [layers, 3], on the CPU
 
 
 def accumulate(
@@ -112,8 +112,9 @@ def accumulate(
                 engine.step()
     sums = torch.cat([context.statistics.flatten(), loss_sum[None], kl_sum[None]])
     dist.all_reduce(sums)
-    loss_mean, kl_mean = (sums[-2:] / labels).tolist()
-    statistics = sums[:-2].view_as(context.statistics)
+    read = sums.cpu()  # the one moment of a window at which the host waits for a GPU
+    loss_mean, kl_mean = (read[-2:] / labels).tolist()
+    statistics = read[:-2].view_as(context.statistics)
     return Window(loss_mean, None if teacher is None else kl_mean, int(tokens), statistics)
 
 
