@@ -10,8 +10,9 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,12 +115,12 @@ class Saver:
             (temporary / ENGINE).mkdir(parents=True)
 
         from_rank_zero(start)
-        tensors, metadata = shards.tensors_of(shards.pieces(engine))
+        tensors, metadata = shards.tensors_of(shards.outline(engine))
         tensors["rng/cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["rng/cuda"] = torch.cuda.get_rng_state()
         if self.how.asynchronous:
-            tensors = self._copy(tensors)
+            tensors = self._copy(shards.filled(tensors, shards.pieces(engine)))
         manifest = {
             "format": FORMAT,
             "state": json.loads(json.dumps(asdict(state))),
@@ -131,7 +132,8 @@ class Saver:
 
         def write() -> dict[str, dict]:
             name = _rank_file(rank)
-            files = {name: shards.write(temporary / name, tensors, metadata)}
+            with closing(shards.pieces(engine)) as parts:  # not asked for any, if the tensors are copies
+                files = {name: shards.write(temporary / name, tensors, metadata, parts)}
             if rank == 0:
                 write_skeleton(temporary / "skeleton")
                 for path in sorted((temporary / "skeleton").rglob("*")):
@@ -166,17 +168,16 @@ class Saver:
             from_rank_zero(lambda: shutil.rmtree(temporary, ignore_errors=True))
             raise shared(OSError(f"{pending.folder} could not be saved: {error}")) from error
         from_rank_zero(lambda: _try_to_prune(self.run_dir, self.how))
-        now = time.perf_counter()
-        size = sum(entry["size"] for entry in files.values())
+        now, size = time.perf_counter(), sum(entry["size"] for entry in files.values())
         return Saved(pending.folder, size, pending.blocked_seconds + now - began, now - pending.began)
 
     def close(self) -> None:
         """Wait for the worker; a checkpoint that was not committed stays invisible."""
         self._worker.shutdown()
 
-    def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _copy(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors in host memory that is kept for the next time."""
-        for name, tensor in tensors.items():
+        for name, tensor in tensors:
             if name not in self._host or self._host[name].shape != tensor.shape:
                 self._host[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
             self._host[name].copy_(tensor, non_blocking=True)
@@ -190,13 +191,12 @@ def restore(engine: Any, folder: Path, manifest: dict) -> None:
 
     Ranks and ZeRO stage may be others than those that wrote it. ValueError if the model's parameters are.
     """
-    rank, _ = rank_and_world()
 
     def load() -> None:
-        told = difference(manifest["shapes"], shards.shapes(engine))
+        rank, told = rank_and_world()[0], difference(manifest["shapes"], shards.shapes(engine))
         if told is not None:
             raise ValueError(f"{folder} is of another model: {told}: mind model.source")
-        shards.read_into(rank_files(folder, manifest), shards.pieces(engine))
+        shards.read_into(rank_files(folder, manifest), shards.pieces(engine, change=True))
         shards.set_adam_steps(engine, manifest["adam_steps"])
         if rank < manifest["ranks"]:
             with safe_open(folder / _rank_file(rank), "pt") as file:

@@ -286,10 +286,16 @@ def _validate_offload(config: Train) -> None:
         zero.stage == 3 or not zero.offload_weights,
         f"zero.offload_weights moves the weights of ZeRO-3, and zero.stage is {zero.stage}: set zero=zero3_offload",
     )
+    nvme = zero.offload is Offload.nvme
     require(
-        zero.offload is not Offload.nvme,
-        "zero.offload=nvme: checkpoints of what lies in DeepSpeed's swap files are not written yet, so a run could not "
-        "be resumed: set zero.offload=cpu",
+        nvme == (zero.offload_path is not None),
+        f"zero.offload is {zero.offload} and zero.offload_path is {zero.offload_path}: nvme needs a folder on a local "
+        "disk, and nothing else takes one",
+    )
+    require(zero.stage == 3 or not nvme, f"zero.offload=nvme swaps under ZeRO-3, and zero.stage is {zero.stage}: set 3")
+    require(
+        not (nvme and config.save.asynchronous),
+        "save.asynchronous copies to host memory what zero.offload=nvme keeps out of it: set save.asynchronous=false",
     )
 
 

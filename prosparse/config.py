@@ -66,7 +66,7 @@ class Offload(StrEnum):
 
     none = "none"  # beside the model
     cpu = "cpu"  # in host memory
-    nvme = "nvme"  # refused, with the reason
+    nvme = "nvme"  # in swap files on a disk of the host; ZeRO-3 only
 
 
 class Implementation(StrEnum):
@@ -337,6 +337,7 @@ class Data:
 class Zero:
     stage: int = 2
     offload: Offload = Offload.none
+    offload_path: str | None = None  # a folder on a local NVMe disk, which every host has: offload=nvme
     offload_weights: bool = False  # the model's own weights to host memory too; ZeRO-3 only
     overlap_comm: bool | None = None  # null: off below stage 3, DeepSpeed's default there
     extra: dict[str, Any] = field(default_factory=dict)  # passed on to zero_optimization

@@ -5,11 +5,9 @@ split over micro-batches and ranks.
 """
 
 import json
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +19,10 @@ from prosparse.config import Distillation, Dtype, Loss, Offload, Speed, Train
 from prosparse.data import Batch
 from prosparse.distillation import Teacher, check_head, divergence, freeze, take_head
 from prosparse.ffn import set_penalty
-from prosparse.group import agree, gathered, on_any_rank, shared, summed
+from prosparse.group import gathered, on_any_rank, shared, summed
 from prosparse.guard import watching
 from prosparse.kernels.loss import summed_cross_entropy
+from prosparse.offload import SUB_GROUP, align_swap, keep_gradients, swap_folder
 from prosparse.penalty import PenaltyContext
 from prosparse.sparsity import labeled, language_loss
 from prosparse.speed import ffn_kernel
@@ -215,9 +214,12 @@ def start_engine(config: Train, model: PreTrainedModel, ds_config: dict) -> Any:
     """DeepSpeed's engine around `model` with AdamW."""
     import deepspeed
 
+    if config.zero.offload is Offload.nvme:
+        align_swap()
     engine, *_ = deepspeed.initialize(
         model=model.train(), optimizer=_optimizer(config, model), config=ds_config, dist_init_required=False
     )
+    keep_gradients(engine)
     return engine
 
 
@@ -265,9 +267,13 @@ def deepspeed_config(config: Train, world: int) -> dict:
     own: dict[str, Any] = {"stage": zero.stage} | ({} if overlap is None else {"overlap_comm": overlap})
     if zero.offload is not Offload.none:
         own["offload_optimizer"] = {"device": str(zero.offload)}
+    if (folder := swap_folder(config)) is not None:
+        own["offload_optimizer"]["nvme_path"] = str(folder)
     if zero.offload_weights:
         own["offload_param"] = {"device": "cpu"}
-    buckets = {"reduce_bucket_size": BUCKET} if zero.stage < 3 else {}
+    defaults = {"reduce_bucket_size": BUCKET} if zero.stage < 3 else {}
+    if zero.offload is Offload.nvme:
+        defaults["sub_group_size"] = SUB_GROUP
     for key in zero.extra:
         if key in ("stage", "overlap_comm"):
             raise ValueError(f"zero.extra.{key} contradicts zero.{key}: set zero.{key} instead")
@@ -288,7 +294,7 @@ def deepspeed_config(config: Train, world: int) -> dict:
         "bf16": {"enabled": config.dtype is Dtype.bf16},
         "data_types": {"grad_accum_dtype": "fp32"},
         "gradient_clipping": recipe.optimizer.clip,
-        "zero_optimization": own | buckets | zero.extra,
+        "zero_optimization": own | defaults | zero.extra,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
     }
@@ -347,36 +353,6 @@ def _optimizer(config: Train, model: PreTrainedModel) -> torch.optim.Optimizer:
 
     adam.register_step_pre_hook(begin_anew)
     return adam
-
-
-def build_optimizer(config: Train) -> None:
-    """Compile what steps in host memory, once a host and torch version (all ranks call it).
-
-    ValueError where it cannot be compiled. torch's lock file, at which one rank of a host waits for another, outlives a
-    process that is killed while it compiles.
-    """
-    if config.zero.offload is Offload.none:
-        return
-    from deepspeed.ops.op_builder import CPUAdamBuilder
-    from torch.utils.cpp_extension import _get_build_directory
-
-    builder = CPUAdamBuilder()
-    folder = Path(_get_build_directory(builder.name, verbose=False))
-
-    def build() -> None:
-        if not any(folder.glob("*.so")):
-            text = f"compiling DeepSpeed's CPU Adam (minutes, once); if it does not end: remove {folder}/lock"
-            print(text, file=sys.stderr, flush=True)
-        try:
-            builder.load(verbose=False)
-        except Exception as error:  # of the compiler, of ninja, of DeepSpeed's look at the machine
-            why = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ValueError(
-                f"zero.offload={config.zero.offload}: DeepSpeed's CPU Adam cannot be compiled here ({why}): install "
-                "g++ and ninja, or set zero.offload=none"
-            ) from error
-
-    agree(build)
 
 
 def _counts(data: Batch) -> list[int]:

@@ -28,7 +28,6 @@ from prosparse.data import Prepared, mixture, open_prepared
 from prosparse.distillation import Teacher, check_vocabulary
 from prosparse.engine import (
     Teaching,
-    build_optimizer,
     check_packing,
     deepspeed_config,
     join_deepspeed,
@@ -42,6 +41,7 @@ from prosparse.group import agree, from_rank_zero, on_any_rank, patience, shared
 from prosparse.lock import claim, release
 from prosparse.models.formats import TRAINED_WITH_BOS, released_config
 from prosparse.models.load import load_config, load_model, load_tokenizer
+from prosparse.offload import build_operators, check_swap, open_swap, remove_swap
 from prosparse.preflight import preflight
 from prosparse.preparation import begins_with_bos, prepare, tokenizer_digest
 from prosparse.signals import Stopped, interruptible
@@ -163,18 +163,20 @@ def only_preflight(config: Train) -> dict:
 def open_run(config: Train) -> Run:
     """Everything before the first step: group, folder, text, model, substitution, engine, state."""
     rank, world, device, _ = join(config)
-    warnings.filterwarnings("ignore", ".*all_gather_into_tensor", FutureWarning)  # DeepSpeed's, in every step
+    warnings.filterwarnings("ignore", ".*(all_gather_into|reduce_scatter)_tensor", FutureWarning)  # DeepSpeed's
     transformers_logging.set_verbosity_error()
     join_deepspeed(device)
     folder = Path(config.run_dir).expanduser()
     agree(lambda: deepspeed_config(config, world))
-    build_optimizer(config)
+    build_operators(config)
     lock = claim(folder)
     try:
+        open_swap(config)
         return _open_claimed(config, folder, rank, world, device, lock)
     except BaseException as error:
         if rank == 0 and isinstance(error, Stopped):
             (folder / "STOP").unlink(missing_ok=True)
+        remove_swap(config)
         release(folder, lock)
         raise
 
@@ -229,11 +231,12 @@ def read_back(run: Run) -> None:
 
 
 def free_engine(run: Run) -> None:
-    """Give back the memory of the engine and its model, of which nobody else may hold a reference."""
+    """Give back what the engine and its model take in memory and on disk; nobody else may hold a reference to them."""
     if run.teacher is not None and hasattr(run.teacher.model, "destroy"):
         stop_engine(run.teacher.model)
     run.held.close()
     stop_engine(run.engine)
+    remove_swap(run.config)
     run.engine = run.teacher = None
     thaw_gc()
     gc.collect()
@@ -251,6 +254,7 @@ def start_model(run: Run) -> Any:
     run.activation = schedule.activation(config.recipe) or run.own_activation
     substitution = substitute(model, *run.activation)
     make_ready(model, config, run.device)
+    check_swap(config, sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()))
     run.engine = start_engine(config, model, ds_config)
     return substitution
 
@@ -282,6 +286,7 @@ def close(run: Run) -> None:
     if (trace := run.profiler.end()) is not None:
         run.say(f"profile  {trace}: cut by the end of this start")
     run.saver.close()
+    remove_swap(run.config)
     release(run.folder, run.lock)
 
 

@@ -10,11 +10,13 @@ starts, and a reader takes the slices that it needs, so nothing has to be conver
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -35,36 +37,83 @@ class Piece:
     name: str
     start: int
     numel: int
-    states: dict[str, Tensor]  # by STATES, fp32 [numel]: views into the engine's memory
+    states: dict[str, Tensor]  # by STATES, fp32 [numel]: views of the engine's own
 
 
 # --- what an engine holds ---------------------------------------------------------------------------------------------
 
 
-def pieces(engine: Any) -> list[Piece]:
+@dataclass
+class _Place:
+    """A piece without its states: it begins at `offset` of the flat tensors of a group (a sub-group under ZeRO-3)."""
+
+    name: str
+    start: int
+    numel: int
+    group: int
+    offset: int
+
+
+def outline(engine: Any) -> list[Piece]:
+    """This rank's `pieces`, in their order, as shapes only: their tensors are on the device meta."""
+    places = _places(engine)
+    return [Piece(p.name, p.start, p.numel, {s: torch.empty(p.numel, device="meta") for s in STATES}) for p in places]
+
+
+def pieces(engine: Any, change: bool = False) -> Generator[Piece, None, None]:
     """This rank's pieces of every parameter; moments are made (zero) where the engine has not stepped yet.
+
+    What DeepSpeed keeps in swap files is read a sub-group at a time, so a piece's tensors last until the next piece is
+    asked for, and changes are written back only with `change`.
+    """
+    for group, places in groupby(_places(engine), key=lambda place: place.group):
+        with _in_memory(engine.optimizer, group, change) as (flat, moments):
+            whole = {"master": flat.data, **moments}
+            for place in places:
+                states = {state: whole[state].narrow(0, place.offset, place.numel) for state in STATES}
+                yield Piece(place.name, place.start, place.numel, states)
+
+
+def _places(engine: Any) -> list[_Place]:
+    """Sorted by group.
 
     Reads DeepSpeed's bookkeeping: `_hp_mapping` under ZeRO-1 and 2, `grad_position` and `ds_tensor` under ZeRO-3.
     """
-    optimizer, inner = engine.optimizer, engine.optimizer.optimizer
-    found = []
+    optimizer, found = engine.optimizer, []
     for name, parameter in engine.module.named_parameters():
         if hasattr(parameter, "ds_id"):
             group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            flat = optimizer.fp32_partitioned_groups_flat[group]
             start = dist.get_rank(parameter.ds_process_group) * parameter.ds_tensor.ds_numel
             numel = min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start)  # the last parts are padded
         else:
             mapping = parameter._hp_mapping
             if mapping is None:  # other ranks hold all of it
                 continue
-            flat = inner.param_groups[mapping.param_group_index]["params"][0]
+            group = mapping.param_group_index
             offset, start = mapping.hp_fragment_address.start, mapping.lp_fragment_address.start
             numel = mapping.hp_fragment_address.numel
         if numel > 0:
-            whole = {"master": flat.data, **_moments(inner, flat)}
-            found.append(Piece(name, start, numel, {s: whole[s].narrow(0, offset, numel) for s in STATES}))
-    return found
+            found.append(_Place(name, start, numel, group, offset))
+    return sorted(found, key=lambda place: place.group)
+
+
+@contextmanager
+def _in_memory(optimizer: Any, group: int, change: bool = False) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """The flat master weights and moments of a group; from the swap files meanwhile, if that is where they are."""
+    inner, sharded = optimizer.optimizer, hasattr(optimizer, "fp32_partitioned_groups_flat")
+    flat = optimizer.fp32_partitioned_groups_flat[group] if sharded else inner.param_groups[group]["params"][0]
+    if not (sharded and optimizer._swappable_optimizer_subgroup(group)):
+        yield flat, _moments(inner, flat)
+        return
+    optimizer._optimizer_states_and_gradient_swap_in(group)
+    new = "exp_avg" not in inner.state[flat]  # its moments have no file yet
+    try:
+        yield flat, _moments(inner, flat)
+    finally:
+        if change or new:
+            optimizer._optimizer_states_and_gradient_swap_out(group)
+        else:
+            optimizer._release_swap_buffers(group)
 
 
 def shapes(engine: Any) -> dict[str, list[int]]:
@@ -84,19 +133,27 @@ def set_adam_steps(engine: Any, steps: float) -> None:
 
 def forget_moments(engine: Any) -> None:
     """Zero Adam's moments and step count: the next step is that of a new optimizer."""
-    for piece in pieces(engine):
+    for piece in pieces(engine, change=True):
         piece.states["exp_avg"].zero_()
         piece.states["exp_avg_sq"].zero_()
     set_adam_steps(engine, 0.0)
 
 
-def copies(piece: Piece) -> dict[str, Tensor]:
-    """A piece's states in host memory."""
-    return {state: tensor.detach().to("cpu", copy=True) for state, tensor in piece.states.items()}
+def copies(piece: Piece, folder: Path | None = None) -> dict[str, Tensor]:
+    """A piece's states in host memory, or in files of `folder` that are mapped and go with the last reference."""
+    return {state: _room(tensor.numel(), folder).copy_(tensor.detach()) for state, tensor in piece.states.items()}
+
+
+def _room(numel: int, folder: Path | None) -> Tensor:
+    if folder is None:
+        return torch.empty(numel, dtype=torch.float32)
+    with NamedTemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, 4 * numel)  # a mapped file that finds its disk full kills the process
+        return torch.from_file(file.name, shared=True, size=numel, dtype=torch.float32)
 
 
 def put_back(piece: Piece, states: dict[str, Tensor]) -> None:
-    """Fill a piece with its `copies`; `refresh` has to follow."""
+    """Fill a piece, one of those asked for with `change`, with its `copies`; `refresh` has to follow."""
     for state, tensor in piece.states.items():
         tensor.copy_(states[state])
 
@@ -107,7 +164,8 @@ def refresh(engine: Any) -> None:
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         optimizer._partition_all_parameters()  # small ones are whole after a step; gathered again they would stay so
         for group in range(len(optimizer.fp32_partitioned_groups_flat)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            with _in_memory(optimizer, group):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
     else:
@@ -116,9 +174,7 @@ def refresh(engine: Any) -> None:
 
 def _moments(inner: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]:
     state = inner.state[flat]
-    if (
-        "exp_avg" not in state
-    ):  # as torch.optim.AdamW(fused=True), or DeepSpeed's on the CPU, makes them at a first step
+    if "exp_avg" not in state:  # as torch.optim.AdamW(fused=True), or DeepSpeed's on the CPU, makes them at first
         fused = isinstance(inner, torch.optim.AdamW)
         state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device) if fused else 0
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat.data), torch.zeros_like(flat.data)
@@ -128,14 +184,28 @@ def _moments(inner: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def tensors_of(parts: list[Piece]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def tensors_of(parts: Iterable[Piece]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What a rank's file holds: tensors by "state/parameter", and its metadata, the start of each piece."""
-    tensors = {f"{state}/{piece.name}": piece.states[state] for piece in parts for state in STATES}
-    return tensors, {"starts": json.dumps({piece.name: piece.start for piece in parts})}
+    tensors: dict[str, Tensor] = {}
+    starts: dict[str, int] = {}
+    for piece in parts:
+        tensors |= {f"{state}/{piece.name}": piece.states[state] for state in STATES}
+        starts[piece.name] = piece.start
+    return tensors, {"starts": json.dumps(starts)}
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict:
-    """Write a safetensors file; returns {"size", "xxh3_128"}, of the bytes as they were handed to the disk."""
+def filled(outlined: Mapping[str, Tensor], parts: Iterable[Piece]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors by name, where those on the device meta come from the pieces, in their order."""
+    states = (piece.states[state] for piece in parts for state in STATES)
+    for name, tensor in outlined.items():
+        yield name, next(states) if tensor.is_meta else tensor
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], parts: Iterable[Piece] = ()) -> dict:
+    """Write a safetensors file; returns {"size", "xxh3_128"}, of the bytes as they were handed to the disk.
+
+    Tensors on the device meta are `filled` from `parts`, one at a time.
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, tensor in tensors.items():
@@ -146,7 +216,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     raw += b" " * (-len(raw) % 8)
     digest, size = xxhash.xxh3_128(), 0
     with open(path, "wb") as file, ThreadPoolExecutor(1) as hasher:
-        for chunk in _chunks(struct.pack("<Q", len(raw)) + raw, tensors):
+        for chunk in _chunks(struct.pack("<Q", len(raw)) + raw, filled(tensors, parts)):
             hashed = hasher.submit(digest.update, chunk)
             file.write(chunk)
             hashed.result()
@@ -154,9 +224,9 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     return {"size": size, "xxh3_128": digest.hexdigest()}
 
 
-def _chunks(header: bytes, tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+def _chunks(header: bytes, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[bytes | memoryview]:
     yield header
-    for tensor in tensors.values():
+    for _, tensor in tensors:
         for part in tensor.detach().flatten().view(torch.uint8).split(CHUNK):
             yield part.cpu().numpy().data
 
@@ -180,7 +250,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_into(files: list[Path], parts: list[Piece]) -> None:
+def read_into(files: list[Path], parts: Iterable[Piece]) -> None:
     """Fill the pieces from the files of any number of ranks. ValueError if the files lack a part of one."""
     with ExitStack() as stack:
         found = _index(stack, files)

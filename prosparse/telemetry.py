@@ -202,7 +202,8 @@ def header(
 def _offload(config: Train) -> str:
     """What lies where, in words."""
     zero = config.zero
-    masters = "" if zero.offload is Offload.none else " with masters and moments in host memory"
+    places = {Offload.none: "", Offload.cpu: "in host memory", Offload.nvme: "in swap files"}
+    masters = f" with masters and moments {places[zero.offload]}" * (zero.offload is not Offload.none)
     return masters + " and weights in host memory" * zero.offload_weights
 
 

@@ -21,6 +21,7 @@ from prosparse.ending import end_training, evaluate, finish
 from prosparse.engine import accumulate, diagnose, less_memory, out_of_memory, set_rate
 from prosparse.ffn import activation_of, neurons, substitute
 from prosparse.group import from_rank_zero, on_any_rank, patience, rank_and_world, shared, waiting
+from prosparse.offload import swap_folder
 from prosparse.penalty import PenaltyContext, mean_abs_by_layer, new_statistics, sparsity_by_layer
 from prosparse.run import (
     GB,
@@ -248,7 +249,8 @@ def start_steering(run: Run, context: PenaltyContext, chain: str) -> dict:
 
     Its first λ is the one with which sparsity would rise as fast as the set-point does on average: from a sweep of a
     few steps with each of some λ, all with the same rows, every one of which is taken back. The state of the engine
-    lies in host memory meanwhile; a stop in between loses nothing, since the stage before has its checkpoint.
+    lies in host memory meanwhile, or beside the swap files; a stop in between loses nothing, since the stage before has
+    its checkpoint.
     """
     began = time.perf_counter()
     recipe, state, engine, step = run.config.recipe, run.state, run.engine, run.state.step + 1
@@ -257,7 +259,8 @@ def start_steering(run: Run, context: PenaltyContext, chain: str) -> dict:
     steps = min(controller.SWEEP_STEPS, span.stage.steps)
     left = (window for window in count(state.window) if window not in state.dropped_windows)
     *trained, measured = [schedule.window_rows(recipe, step, window) for window in islice(left, steps + 1)]
-    kept, adam_steps = [shards.copies(piece) for piece in shards.pieces(engine)], shards.adam_steps(engine)
+    where = swap_folder(run.config)
+    kept, adam_steps = [shards.copies(piece, where) for piece in shards.pieces(engine)], shards.adam_steps(engine)
 
     def sparsity() -> float:
         """On the rows of the window after those steps."""
@@ -277,7 +280,7 @@ def start_steering(run: Run, context: PenaltyContext, chain: str) -> dict:
             if not engine.was_step_applied():
                 run.say("sweep    a step was not applied, its loss or gradient is not finite")
         result = sparsity()
-        for piece, copies in zip(shards.pieces(engine), kept, strict=True):
+        for piece, copies in zip(shards.pieces(engine, change=True), kept, strict=True):
             shards.put_back(piece, copies)
         shards.set_adam_steps(engine, adam_steps)
         shards.refresh(engine)

@@ -123,6 +123,7 @@ def _validate_bench(config: Bench) -> None:
     for key, least in (("rounds", 1), ("warmup", 1), ("ranks", 1), ("layers", 0), ("tokens", 3)):
         value = getattr(config, key)
         require(value >= least, f"{key} is {value}: give at least {least}")
+    require(config.zero.offload_path is None, "zero.offload=nvme is not what bench compares: set zero.offload=none")
     require(config.sequence_parallel == 1, "sequence_parallel is not what bench compares: set sequence_parallel=1")
     for rival in config.rivals:
         require(rival in ("silu", "control", "hooks"), f"rivals has {rival}: choose of silu, control, hooks")

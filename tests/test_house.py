@@ -15,13 +15,13 @@ FLOORS = [
     {"allocation", "threshold", "predictor", "vllm_plugin", "distillation", "telemetry", "generation"},
     {"records", "card", "page", "plotting", "reporting"},
     {"exporters", "evaluation", "harness"},
-    {"speed", "engine", "preflight"},
+    {"speed", "offload", "engine", "preflight"},
     {"planning", "plan_check"},
     {"run", "tasks", "ending", "trainer", "benchmarking", "decoding_benchmark"},
     {"verbs"},
     {"cli"},
 ]
-DEEPSPEED = ("run", "engine", "checkpoint", "models", "ulysses", "rivals")
+DEEPSPEED = ("run", "engine", "offload", "checkpoint", "models", "ulysses", "rivals")
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = {
     path: path.relative_to(ROOT / "prosparse").parts[0].removesuffix(".py")
