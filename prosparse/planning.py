@@ -18,6 +18,7 @@ from prosparse.checkpoint import checkpoints_kept
 from prosparse.config import Checkpointing, Dtype, FfnMemory, Loss, Model, Offload, Recipe, Train
 from prosparse.engine import BUCKET
 from prosparse.kernels.loss import CHUNK_BYTES
+from prosparse.offload import SUB_GROUP, swap_bytes
 from prosparse.plotting import GRAY, GREEN, frame, mark_stages
 from prosparse.telemetry import PEAK_FLOPS, duration
 from prosparse.verb_configs import GpuKind, Plan
@@ -163,7 +164,8 @@ def memory(size: Sizes, config: Plan, ranks: int, choice: Choice, cuda: bool = T
     """Bytes of one rank by what they are for; `peak` is their sum.
 
     `gradients` are those that wait between two micro-batches, `buffers` what is needed beside the other terms at the
-    worst moment of a window or of the optimizer's step. What zero.offload moves away is `host`, no part of the peak.
+    worst moment of a window or of the optimizer's step. What zero.offload moves away is `host`, no part of the peak, or
+    `disk`, which only zero.offload=nvme has.
     """
     n, recipe = size.parameters, config.recipe
     tokens = choice.micro_batch * schedule.contexts(config.recipe)[-1] / config.sequence_parallel
@@ -208,8 +210,13 @@ def memory(size: Sizes, config: Plan, ranks: int, choice: Choice, cuda: bool = T
     moved = ["optimizer", "gradients"] * (config.zero.offload is not Offload.none and cuda)
     moved += ["weights"] * (config.zero.offload_weights and choice.zero == 3 and cuda)
     host = sum(parts[part] * (2 if part == "gradients" else 1) for part in moved)  # DeepSpeed has two buffers of these
+    swaps = config.zero.offload is Offload.nvme and cuda
+    if swaps:
+        host -= parts["optimizer"] + parts["gradients"]  # one buffer of them, and those through which states go
+        host += 4 * FP32 * min(n / ranks, SUB_GROUP)
     parts |= dict.fromkeys(moved, 0.0)
-    return parts | {"peak": sum(parts.values()), "host": host}
+    parts |= {"peak": sum(parts.values()), "host": host}
+    return parts | ({"disk": swap_bytes(recipe, n) / ranks} if swaps else {})
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
@@ -258,7 +265,8 @@ def choices(config: Plan) -> list[Choice]:
         schedule.accumulation(batch, 1, groups)
     micro = [m for m in range(1, min(batches) // groups + 1) if all(batch % (m * groups) == 0 for batch in batches)]
     ways = [Checkpointing.none, Checkpointing.selective, Checkpointing.non_reentrant]
-    stages = (3,) if config.zero.offload_weights else (1, 2, 3) if config.zero.offload is Offload.none else (2, 3)
+    sharded = config.zero.offload_weights or config.zero.offload is Offload.nvme
+    stages = (3,) if sharded else (1, 2, 3) if config.zero.offload is Offload.none else (2, 3)
     return [Choice(zero, m, how) for zero in stages for how in ways for m in micro]
 
 
@@ -285,6 +293,7 @@ def plan(config: Plan) -> dict[str, Any]:
     room = gpu.memory * (1 - config.margin)
     tried = [(choice, memory(size, config, ranks, choice)) for choice in choices(config)]
     kept = f" zero.offload={config.zero.offload}" * (config.zero.offload is not Offload.none)
+    kept += f" zero.offload_path={config.zero.offload_path}" * (config.zero.offload is Offload.nvme)
     kept += " zero.offload_weights=true" * config.zero.offload_weights
     kept += f" sequence_parallel={config.sequence_parallel}" * (config.sequence_parallel > 1)
     rows = [

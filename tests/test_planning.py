@@ -178,6 +178,9 @@ def test_shape_stands_in_the_order_that_sizes_reads():
     assert list(Shape.__dataclass_fields__) == [*names, "vocab_size", "tie_word_embeddings"]
 
 
+NVME = ["zero.offload=nvme", "zero.offload_path=/mnt/nvme"]
+
+
 def test_what_is_offloaded_or_shared_leaves_the_rank_and_is_part_of_what_is_pasted():
     def parts(*more: str) -> dict[str, float]:
         config = compose("plan", [*LLAMA_7B, *more])
@@ -187,6 +190,11 @@ def test_what_is_offloaded_or_shared_leaves_the_rank_and_is_part_of_what_is_past
     moved = sum(plain[part] for part in ("weights", "optimizer", "gradients"))
     assert host["host"] == pytest.approx(moved + plain["gradients"]) and plain["host"] == 0
     assert host["peak"] == pytest.approx(plain["peak"] - moved)
+    disk, n = parts("zero=zero3", *NVME), 6_738_415_616
+    assert disk["peak"] == host["peak"] + plain["weights"] and "disk" not in host
+    assert (disk["disk"], disk["host"]) == (12 * n / 8, 4 * n / 8 + 16 * 1e8)
+    best = plan(compose("plan", [*LLAMA_7B, "zero=zero3", *NVME]))["recommended"]
+    assert best["zero"] == 3 and all(word in best["overrides"].split() for word in NVME)
     assert parts("sequence_parallel=4")["activations"] == pytest.approx(plain["activations"] / 4)
     given = ["zero.offload=cpu", "sequence_parallel=4"]
     best = plan(compose("plan", [*LLAMA_7B, *given]))["recommended"]
