@@ -145,7 +145,7 @@ def _own(config: Bench, name: str, turn: Turn) -> dict[str, Any]:
     return {
         "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
-        "how": described(config, device, model.config.model_type),
+        "how": described(config, device, model),
         "parameters": sum(p.numel() for p in model.parameters()),
         "flops_a_token": training_flops(model, config.recipe.batch.context),
         "parts": parts,

@@ -218,7 +218,7 @@ def _open_claimed(config: Train, folder: Path, rank: int, world: int, device: to
     from_rank_zero(begin)
     read_back(run)
     run.say(header(config, run.engine.module, substitution, prepared, run.state.step, world, device))
-    run.say(f"speed    {described(config, device, run.base_config.model_type)}")
+    run.say(f"speed    {described(config, device, run.engine.module)}")
     return run
 
 

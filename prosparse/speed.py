@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 
 from prosparse.config import Auto, Checkpointing, Compile, FfnMemory, Kernel, Norm, Profile, Speed, Train
 from prosparse.data import Batch, batch
-from prosparse.ffn import FusedFFN, SeparateFFN, sparse_ffns
+from prosparse.ffn import FusedFFN, SeparateFFN, SparseFFN, UngatedFFN, sparse_ffns
 from prosparse.group import keep_freed_memory
 from prosparse.kernels import glu
-from prosparse.kernels.norm import fuse
+from prosparse.kernels.norm import fuse, is_fused
 
 KEPT_BY_SELECTIVE = ("mm", "addmm", "bmm", "_grouped_mm", "_scaled_dot_product")  # beginnings of aten's names
 
@@ -73,12 +73,16 @@ def make_ready(model: PreTrainedModel, config: Train, device: torch.device) -> N
             if "forward" not in vars(module):
                 fuse(module)
     ffn_kernel(speed, device)
-    if ffn_memory(config, device) is FfnMemory.recompute_x1:
-        for ffn in sparse_ffns(model):
+    asked = (speed.ffn, speed.kernel) != (FfnMemory.auto, Kernel.auto) and speed.ffn is not FfnMemory.stock
+    kind = type(model).__name__
+    for ffn in sparse_ffns(model):
+        if asked and not _can_fuse(ffn):
+            words = f"speed.ffn is {speed.ffn} and speed.kernel {speed.kernel}"
+            raise ValueError(f"{words}, which {kind} with {ffn.activation} cannot: set both to auto")
+        if ffn_memory(config, device) is FfnMemory.recompute_x1:
             if isinstance(ffn, SeparateFFN | FusedFFN):
                 glu.recompute_x1(ffn.down_proj)
             elif speed.ffn is FfnMemory.recompute_x1:
-                kind = type(model).__name__
                 raise ValueError(f"speed.ffn is recompute_x1, which {kind} cannot: set speed.ffn=auto")
     if speed.compile is Compile.layers:
         assert config.zero.stage < 3, "checks.py"
@@ -86,6 +90,10 @@ def make_ready(model: PreTrainedModel, config: Train, device: torch.device) -> N
             ffn.intermediate = torch.compiler.disable(ffn.intermediate)  # type: ignore[method-assign]
         for module in _decoder_layers(model):
             module.compile()
+
+
+def _can_fuse(ffn: SparseFFN) -> bool:
+    return ffn.activation in glu.FUSED and not isinstance(ffn, UngatedFFN)
 
 
 def checkpoint_activations(model: PreTrainedModel, how: Checkpointing) -> None:
@@ -127,14 +135,19 @@ def thaw_gc() -> None:
     gc.unfreeze()
 
 
-def described(config: Train, device: torch.device, family: str) -> str:
-    """How a step is computed, in words; family: the model's model_type."""
-    speed = config.speed
-    kernel = ffn_kernel(speed, device)
-    liger = "with" if uses_liger(speed, device, family) else "without"
+def described(config: Train, device: torch.device, model: PreTrainedModel) -> str:
+    """How a step of a model that was made ready is computed, in words."""
+    speed, ffns = config.speed, sparse_ffns(model)
+    kernel, memory = ffn_kernel(speed, device), ffn_memory(config, device)
+    liger = "with" if uses_liger(speed, device, model.config.model_type) else "without"
     compiled = ", layers compiled" if speed.compile is Compile.layers else ""
-    ffn = str(speed.ffn) if kernel is None else f"{ffn_memory(config, device)} ({kernel})"
-    how = f"ffn {ffn}, loss {speed.loss}, norm {speed.norm}, {liger} Liger"
+    if kernel is None or not all(map(_can_fuse, ffns)):
+        ffn = str(FfnMemory.stock)
+    else:
+        recomputes = memory is FfnMemory.recompute_x1 and all(isinstance(f, SeparateFFN | FusedFFN) for f in ffns)
+        ffn = f"{memory if recomputes else FfnMemory.save_x1} ({kernel})"
+    norm = Norm.fused if any(map(is_fused, model.modules())) else Norm.stock
+    how = f"ffn {ffn}, loss {speed.loss}, norm {norm}, {liger} Liger"
     return f"{how}, checkpointing {config.checkpointing}{compiled}"
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}  # fp32 probabilities held at a time: a CPU's share of its cache
-# Nodes that do not keep the logits, their output, for backward; identities of ZeRO-3 lie between. Whatever
+# Nodes that do not keep the logits, their output, for backward; identities of hooks lie between. Whatever
 # does keep them is told apart by torch's own version counter, which then refuses to go on.
 GIVES_AWAY = (
     "UnsafeViewBackward0",
@@ -16,7 +16,11 @@ GIVES_AWAY = (
     "AddmmBackward0",
     "LinearFunctionForZeroStage3Backward",
 )
-IDENTITIES = ("PreBackwardFunctionForModuleBackward", "PostBackwardFunctionModuleBackward")
+IDENTITIES = (
+    "PreBackwardFunctionForModuleBackward",  # ZeRO-3's
+    "PostBackwardFunctionModuleBackward",
+    "BackwardHookFunctionBackward",  # of a module's full backward hooks
+)
 
 
 class _CrossEntropy(torch.autograd.Function):

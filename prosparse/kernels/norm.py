@@ -37,6 +37,11 @@ def fuse(module: nn.Module) -> bool:
     return True
 
 
+def is_fused(module: nn.Module) -> bool:
+    """Whether `fuse` has changed it."""
+    return getattr(vars(module).get("forward"), "__func__", None) is _forward
+
+
 def _forward(norm: Any, x: Tensor) -> Tensor:
     return _RMSNorm.apply(x, norm.weight, norm.variance_epsilon)
 
