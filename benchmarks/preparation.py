@@ -2,7 +2,8 @@
 
 In: the standard library's text with the demo's tokenizer, prepared with 1 and with 2 processes in turns; then generated
 text of each size, as many documents of some 9 kB (.jsonl) and as a single one (.txt), with a tokenizer of whole words.
-Out: OUT/preparation.json, tokens/s a core and the largest memory (Pss of the process and its workers together).
+Out: OUT/preparation.json, tokens/s a core and the largest memory (of the process and its workers together, without the
+files that are mapped: how much of a library's file counts depends on what else runs).
 """
 
 import json
@@ -60,12 +61,12 @@ def tree(process: int) -> list[int]:
 
 
 def memory(process: int) -> int:
-    """Pss in bytes: pages that several processes share count once."""
+    """Pss_Anon in bytes: pages that several processes share count once."""
     try:
         lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0
-    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Pss_Anon:"))
 
 
 def whole_words() -> PreTrainedTokenizerFast:
