@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from importlib.util import find_spec
 
 import pytest
@@ -52,7 +53,7 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize(("activation", "threshold"), ACTIVATIONS)
 def test_the_operators_equal_fp64_over_every_neuron(implementation, activation, threshold, shape, dtype):
     if implementation == "triton" and dtype is not torch.bfloat16:
-        pytest.skip("the interpreter is slow, and the kernels know no dtype")
+        pytest.skip("the interpreter is slow: of every dtype it runs the shapes of many blocks, below")
     for bias in (True, False):
         n = numbers(*shape, dtype)
         n["gate"][:, 3] = threshold  # kept by >=, and 0 for ReLU
@@ -66,6 +67,40 @@ def test_the_operators_equal_fp64_over_every_neuron(implementation, activation, 
         out = sparse_down(x1, n["down"], n["down_bias"] if bias else None, implementation)
         assert out.dtype == dtype
         assert_near(out, x1.double() @ n["down"].double() + (n["down_bias"].double() if bias else 0))
+
+
+@pytest.mark.parametrize("batch", range(1, decode.MOST_TOKENS + 1))
+def test_tokens_that_lie_apart_in_memory_one_to_eight(implementation, batch):
+    shapes = [(37, 75)] if implementation == "triton" else [(37, 75), (1, 5), (3, 300)]  # 5: less than a vector
+    for neurons, hidden in shapes:
+        n = numbers(batch, neurons, hidden, torch.float32)
+        n["gate"][0] += 9.0  # where there is one neuron, it fires
+        expected = reference("relu", 0.0, n)
+        down = expected @ n["down"].double() + n["down_bias"].double()
+        apart = {name: torch.stack([t, -t], -1)[..., 0] for name, t in n.items() if name not in ("up", "down")}
+        assert not any(t.is_contiguous() for t in apart.values() if t.numel() > 1)
+        x1 = sparse_up(
+            apart["gate"], apart["hidden"], n["up"], "relu", bias=apart["up_bias"], implementation=implementation
+        )
+        assert_near(x1, expected)
+        x1 = torch.stack([x1, -x1], -1)[..., 0]
+        assert_near(sparse_down(x1, n["down"], apart["down_bias"], implementation), down)
+        gate = dense(apart["hidden"], n["up"], apart["up_bias"], Implementation(implementation))
+        assert_near(gate, F.linear(*(n[name].double() for name in ("hidden", "up", "up_bias"))))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.skipif("triton" not in HERE, reason="Triton's interpreter is off: tests/gpu has shapes of many blocks")
+def test_triton_adds_up_the_blocks_of_a_row_and_the_shares_of_the_neurons(monkeypatch, dtype):
+    from prosparse.kernels import decode_triton
+
+    for name, value in {"COLUMNS": 64, "ROWS": 4, "SPLITS": 2}.items():
+        monkeypatch.setattr(decode_triton, name, value)
+    n = numbers(3, 70, 129, dtype)
+    x1 = sparse_up(n["gate"], n["hidden"], n["up"], "relu", 0.0, n["up_bias"], "triton")
+    assert_near(x1, reference("relu", 0.0, n))
+    out = sparse_down(x1, n["down"], n["down_bias"], "triton")
+    assert_near(out, x1.double() @ n["down"].double() + n["down_bias"].double())
 
 
 @pytest.mark.parametrize("shift", [9.0, -9.0], ids=["all", "none"])
@@ -154,6 +189,25 @@ def test_what_cannot_be_computed_is_one_clear_error(monkeypatch):
         sparse_down(n["hidden"][:, :64], torch.randn(32, 64).t())
     with pytest.raises(ValueError, match="dtypes are"):
         sparse_down(n["gate"].bfloat16(), n["down"])
+    with pytest.raises(ValueError, match="the tensors are on cpu, meta: give all on one device"):
+        sparse_down(n["gate"], n["down"].to("meta"))
+    with pytest.raises(ValueError, match="the tensors are on cpu, meta"):
+        sparse_up(n["gate"].to("meta"), n["hidden"], n["up"], "relu")
+    with pytest.raises(ValueError, match="the tensors are on cpu, meta"):
+        sparse_down(n["gate"], n["down"], n["down_bias"].to("meta"))
+    for shape in [(37, 0), (0, 64), (37,)]:
+        with pytest.raises(ValueError, match=r"a weight has the shape .*: give \[neurons, hidden\]"):
+            sparse_up(n["gate"], n["hidden"], torch.empty(shape), "relu")
+        with pytest.raises(ValueError, match=r"a weight has the shape .*: give \[neurons, hidden\]"):
+            sparse_down(n["gate"], torch.empty(shape))
+    for wrong in (torch.ones(1), torch.ones(3), torch.ones(1, 37), torch.ones(())):
+        said = re.escape(f"the bias has the shape {list(wrong.shape)}, not [")
+        with pytest.raises(ValueError, match=said + "37"):
+            sparse_up(n["gate"], n["hidden"], n["up"], "relu", bias=wrong, implementation="cpp")
+        with pytest.raises(ValueError, match=said + "64"):
+            sparse_down(n["gate"], n["down"], wrong, "cpp")
+        with pytest.raises(ValueError, match=said + "37"):
+            dense(n["hidden"], n["up"], wrong, Implementation.cpp)
     with pytest.raises(ValueError, match="implementation is triton, but the weights are on cpu: choose cpp or eager"):
         sparse_down(n["gate"], n["down"], implementation="triton")
 
@@ -169,5 +223,5 @@ def test_without_a_compiler_auto_says_so_and_cpp_is_an_error(monkeypatch, capsys
     with pytest.raises(ValueError, match=r"implementation cpp needs a C\+\+ compiler and ninja \(there is no c\+\+\)"):
         choose("cpp", CPU)
     assert choose("auto", CPU) is Implementation.eager
-    assert "gathers rows through torch, which is slower" in capsys.readouterr().err
+    assert "implementation is eager, which gathers rows through torch and is slower" in capsys.readouterr().err
     choose.cache_clear()

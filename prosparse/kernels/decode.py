@@ -43,7 +43,8 @@ def choose(implementation: Implementation | str, device: torch.device) -> Implem
         try:
             return choose(best, device)
         except ValueError as error:
-            print(f"sparse decoding gathers rows through torch, which is slower: {error}", file=sys.stderr)
+            slower = "sparse decoding: implementation is eager, which gathers rows through torch and is slower"
+            print(f"{slower}: {error}", file=sys.stderr)
             return Implementation.eager
     if wanted is Implementation.triton:
         if find_spec("triton") is None:
@@ -99,7 +100,7 @@ def dense(hidden: Tensor, weight: Tensor, bias: Tensor | None, implementation: I
     hidden: [batch, hidden]; weight: [neurons, hidden]; bias: [neurons] or None.
     """
     if implementation is Implementation.cpp and len(hidden) <= 2 and weight.is_contiguous():
-        return _compiled().dense(hidden.contiguous(), weight, bias)
+        return _compiled().dense(hidden.contiguous(), weight, _checked(bias, hidden, weight, 1))
     return F.linear(hidden, weight, bias)
 
 
@@ -118,11 +119,11 @@ def sparse_up(
     bias: of the up projection, [neurons]. All of one dtype, fp32, bf16 or fp16; sums are in fp32.
     The values are those of `activations.intermediate`, but exact 0 where the gate is cut, even if up is not finite.
     The operator is step 2 of arXiv 2402.13516.
-    Raises ValueError for another activation, shape or dtype.
+    Raises ValueError for another activation, shape or dtype, or for several devices.
     """
     if activation not in SPARSE:
         raise ValueError(f"activation is {activation}: only {', '.join(SPARSE)} leave neurons out")
-    _check(hidden, up_weight, up_weight.shape[1], gate, bias)
+    bias = _checked(bias, hidden, up_weight, 1, gate)
     if gate.shape != (len(hidden), len(up_weight)):
         raise ValueError(f"gate has the shape {list(gate.shape)}, not {[len(hidden), len(up_weight)]}")
     chosen = choose(implementation, hidden.device)
@@ -153,9 +154,10 @@ def sparse_down(
 
     x1: [batch, neurons], batch <= MOST_TOKENS; down_rows: [neurons, hidden], contiguous, the down projection's weight
     transposed; bias: [hidden]. All of one dtype, fp32, bf16 or fp16; sums are in fp32, in the same order every time.
-    The operator is step 3 of arXiv 2402.13516. Raises ValueError for another shape or dtype.
+    The operator is step 3 of arXiv 2402.13516. Raises ValueError for another shape or dtype, or for several
+    devices.
     """
-    _check(x1, down_rows, len(down_rows), bias)
+    bias = _checked(bias, x1, down_rows, 0)
     chosen = choose(implementation, x1.device)
     x1 = x1.contiguous()
     if chosen is Implementation.cpp:
@@ -169,11 +171,24 @@ def sparse_down(
     return out if bias is None else out + bias
 
 
-def _check(tokens: Tensor, weight: Tensor, width: int, *others: Tensor | None) -> None:
+def _checked(bias: Tensor | None, tokens: Tensor, weight: Tensor, axis: int, *others: Tensor) -> Tensor | None:
+    """`bias`, contiguous; `axis` of `weight` is the one that each token's numbers meet, the other the bias's.
+
+    Raises ValueError for what the operators would read wrongly: shapes, gaps in a weight, dtypes, devices.
+    """
+    if weight.dim() != 2 or not weight.numel():
+        raise ValueError(f"a weight has the shape {list(weight.shape)}: give [neurons, hidden], each at least 1")
+    width, out = weight.shape[axis], weight.shape[1 - axis]
     if tokens.dim() != 2 or not 1 <= len(tokens) <= MOST_TOKENS or tokens.shape[1] != width:
         raise ValueError(f"a {list(tokens.shape)} tensor: give 1 to {MOST_TOKENS} tokens of {width} numbers")
     if not weight.is_contiguous():
         raise ValueError("a weight is not contiguous: it needs one row a neuron, without gaps")
-    dtypes = {t.dtype for t in (tokens, weight, *others) if t is not None}
+    if bias is not None and bias.shape != (out,):
+        raise ValueError(f"the bias has the shape {list(bias.shape)}, not {[out]}")
+    given = [tokens, weight, *others, *([] if bias is None else [bias])]
+    if len(devices := dict.fromkeys(str(t.device) for t in given)) > 1:
+        raise ValueError(f"the tensors are on {', '.join(devices)}: give all on one device")
+    dtypes = {t.dtype for t in given}
     if len(dtypes) > 1 or dtypes.isdisjoint((torch.float32, torch.bfloat16, torch.float16)):
         raise ValueError(f"dtypes are {', '.join(map(str, dtypes))}: give one of fp32, bf16, fp16 for all")
+    return None if bias is None else bias.contiguous()
