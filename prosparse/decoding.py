@@ -18,10 +18,9 @@ from prosparse.config import Implementation
 from prosparse.ffn import FusedFFN, SeparateFFN, SparseFFN, activation_of, find_ffns, put_sparse_ffns, sparse_ffns
 from prosparse.kernels.decode import MOST_TOKENS, SPARSE, choose, dense, sparse_down, sparse_up
 
-# The share of neurons that no token needs, from which a layer is faster than dense, by device: docs/decoding.md. On a
-# CPU that of eight tokens (one is faster from 0 on). On a GPU it is not measured: users of the authors' operators
-# report it for an A100.
-BREAK_EVEN = {"cpu": 0.15, "cuda": 0.3}
+# The share of neurons that no token needs, from which a layer is faster than dense: docs/decoding.md. cpp's is that of
+# eight tokens (one is faster from 0 on), eager's that of one on a CPU; triton's is a guess, not measured.
+BREAK_EVEN = {Implementation.cpp: 0.15, Implementation.eager: 0.75, Implementation.triton: 0.3}
 TRIED = 16  # decoded steps after which a layer compares its own sparsity with the break-even, once
 
 
@@ -48,10 +47,10 @@ def enable_sparse_decoding(
 
     Taken for up to MOST_TOKENS tokens together, without gradients; everything else is computed as before. `auto` is
     triton on a GPU, cpp on a CPU with a compiler, else eager, which is told on stderr. A layer whose sparsity over its
-    first TRIED decoded steps is below `break_even` (a share of neurons; None: BREAK_EVEN of the device) is dense from
-    then on. The weights of the down projections are laid out in memory by neuron; their shapes and names stay.
-    Calling it again starts anew. Raises ValueError, and changes nothing, for a model with another activation or with
-    FFNs that are ungated, experts, quantized, or have hooks where they would be passed by.
+    first TRIED decoded steps is below `break_even` (a share of neurons; None: BREAK_EVEN of the implementation) is
+    dense from then on. The weights of the down projections are laid out in memory by neuron; their shapes and names
+    stay. Calling it again starts anew. Raises ValueError, and changes nothing, for a model with another activation or
+    with FFNs that are ungated, experts, quantized, or have hooks where they would be passed by.
     """
     disable_sparse_decoding(model)
     found = find_ffns(model)
@@ -63,7 +62,7 @@ def enable_sparse_decoding(
     forms = [type(module) for module in found.values() if isinstance(module, SparseFFN)]
     device = next(model.parameters()).device
     chosen = choose(Implementation(implementation), device)
-    least = BREAK_EVEN.get(device.type, 0.0) if break_even is None else break_even
+    least = BREAK_EVEN[chosen] if break_even is None else break_even
     if not 0 <= least <= 1:
         raise ValueError(f"break_even is {least}: give a share of neurons, 0 to 1")
     if not forms:
@@ -142,7 +141,7 @@ def _forward(ffn: Any, hidden: Tensor) -> Tensor:
     if not _few(hidden):
         return type(ffn).forward(ffn, hidden)
     tokens = hidden.flatten(0, -2)
-    gate_weight, up_weight, gate_bias, up_bias = _parts(ffn)
+    gate_weight, up_weight, gate_bias, up_bias = gate_and_up(ffn)
     gate = dense(tokens, gate_weight, gate_bias, decoding.implementation)
     activation = (ffn.activation, ffn.param)
     x1 = sparse_up(gate, tokens, up_weight, *activation, bias=up_bias, implementation=decoding.implementation)
@@ -169,7 +168,7 @@ def _few(rows: Tensor) -> bool:
     return 0 < rows.shape[:-1].numel() <= MOST_TOKENS and not wanted
 
 
-def _parts(ffn: Any) -> tuple:
+def gate_and_up(ffn: Any) -> tuple:
     """The weights and the biases (or None) of gate and up."""
     if isinstance(ffn, SeparateFFN):
         return ffn.gate_proj.weight, ffn.up_proj.weight, ffn.gate_proj.bias, ffn.up_proj.bias

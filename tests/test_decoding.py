@@ -177,6 +177,14 @@ def test_a_layer_below_the_break_even_is_dense_after_its_first_steps(break_even,
     assert torch.equal(decode(model, IDS, TRIED + 6)[0], expected)
 
 
+@pytest.mark.parametrize(("implementation", "on"), [("cpp", True), ("eager", False)])
+def test_the_break_even_is_that_of_the_implementation(implementation, on):
+    model = relu_model("llama")  # of whose neurons half are cut
+    enable_sparse_decoding(model, implementation)
+    decode(model, IDS, TRIED + 1)
+    assert sparse_layers(model) == [on, on]
+
+
 def test_hooks_of_the_down_projection_run(taken):
     model, heard = relu_model("llama"), []
     model.model.layers[1].mlp.down_proj.register_forward_hook(lambda module, inputs, output: heard.append(inputs[0]))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import make_tiny, tiny_llama
 
-from prosparse import decoding_benchmark
+from prosparse import decoding, decoding_benchmark
 from prosparse.benchmarking import in_turns, ratio
 from prosparse.config import Dtype
 from prosparse.decoding_benchmark import OPERATORS, break_even_of, decode, draw, random_llama
@@ -54,6 +54,43 @@ def test_a_wrong_output_is_not_timed(monkeypatch, operator):
     monkeypatch.setattr(decoding_benchmark, operator, lambda *given, **named: right(*given, **named) * 1.1)
     with pytest.raises(RuntimeError, match=r"is off by .* of the largest value: nothing is timed"):
         decode(Bench(**SMALL, sparsities=[0.5], batches=[1]))
+
+
+@pytest.mark.parametrize("dtype", list(Dtype))
+def test_at_99_percent_a_right_chain_is_taken_and_a_slightly_wrong_one_refused(monkeypatch, dtype):
+    shapes = {**SMALL, "neurons": 11008, "rounds": 1, "dtype": dtype}
+    config = Bench(**shapes, sparsities=[0.99], batches=[1, 3])
+    decode(config)
+    right = decoding_benchmark.sparse_up
+
+    def larger(x1):
+        return x1 * 1.03
+
+    def fewer(x1):
+        return x1.where(torch.arange(x1.shape[1]) != x1.abs().amax(0).argmax(), 0)
+
+    for fault in (larger, fewer):
+
+        def wrong(gate, *given, fault=fault, **named):
+            x1 = right(gate, *given, **named)
+            return x1 if gate._base is not None else fault(x1)  # a gate that was just computed: in the chain only
+
+        monkeypatch.setattr(decoding_benchmark, "sparse_up", wrong)
+        with pytest.raises(RuntimeError, match="cpp ffn is off by .*: nothing is timed"):
+            decode(config)
+
+
+@pytest.mark.parametrize("operator", ["dense", "sparse_up", "sparse_down"])
+@pytest.mark.parametrize("kind", ["layers", "checkpoint"])
+def test_a_model_whose_ffns_are_slightly_wrong_is_not_timed(monkeypatch, tmp_path, kind, operator):
+    if kind == "layers":
+        config = Bench(**SMALL, sparsities=[0.9], batches=[1], layers=2)
+    else:
+        config = Bench(**SMALL, checkpoint=str(make_tiny(tmp_path, tiny_llama(hidden_act="relu"))["model"]))
+    right = getattr(decoding, operator)
+    monkeypatch.setattr(decoding, operator, lambda *given, **named: right(*given, **named) * 1.03)
+    with pytest.raises(RuntimeError, match=r"layer 0: its FFN is off by .* of the largest value: nothing is timed"):
+        decode(config)
 
 
 def test_a_random_llama_has_the_sparsity_asked_for():
