@@ -6,7 +6,7 @@ from conftest import make_tiny, tiny_llama
 
 from prosparse import decoding, decoding_benchmark
 from prosparse.benchmarking import in_turns, ratio
-from prosparse.config import Dtype
+from prosparse.config import Dtype, Implementation
 from prosparse.decoding_benchmark import OPERATORS, break_even_of, decode, draw, random_llama
 from prosparse.sparsity import measure
 from prosparse.verb_configs import Bench
@@ -91,6 +91,12 @@ def test_a_model_whose_ffns_are_slightly_wrong_is_not_timed(monkeypatch, tmp_pat
     monkeypatch.setattr(decoding, operator, lambda *given, **named: right(*given, **named) * 1.03)
     with pytest.raises(RuntimeError, match=r"layer 0: its FFN is off by .* of the largest value: nothing is timed"):
         decode(config)
+
+
+def test_a_right_bf16_model_of_several_layers_is_timed_though_gates_near_the_threshold_flip():
+    model = random_llama(128, 4096, 8, 0.9, torch.bfloat16, torch.device("cpu"))
+    result = decoding_benchmark.end_to_end(model, torch.arange(16)[None], 4, 1, Implementation.cpp)
+    assert 0 < result["logit_error"] < 0.5 and result["sparse_layers"] == [True] * 8
 
 
 def test_a_random_llama_has_the_sparsity_asked_for():
