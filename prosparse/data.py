@@ -201,6 +201,7 @@ class Turns:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> tuple[int, int]:
+        index = int(index)  # numpy's would overflow below
         source, whole, before, through = 0, sum(self.parts), index, index + 1  # rows left up to the row, and with it
         while True:
             rest = whole - self.parts[source]

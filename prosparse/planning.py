@@ -420,7 +420,7 @@ def lines(config: Plan, result: dict[str, Any]) -> list[str]:
         "GB of a rank; of each ZeRO stage and checkpointing the largest micro-batch that fits (* recommended)",
         f"  {'zero':>5} {'checkpointing':>14} {'micro':>6} "
         + " ".join(f"{part:>11}" for part in best["bytes"])
-        + f" {'hours':>8}",
+        + f" {'hours' if config.tokens_per_second is None else 'formula':>8}",
     ]
     largest = {(row["zero"], row["checkpointing"]): row for row in result["memory"]}
     for row in [row for row in result["memory"] if row == best or row in largest.values()]:

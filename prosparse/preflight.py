@@ -77,7 +77,7 @@ def preflight(config: Train, device: torch.device) -> dict[str, Any]:
     reports = gathered(mine)
     refused, told = judged(reports, config.preflight)
     refuse(refused)
-    if len(set(hosts)) > 1:
+    if world > 1:
         refuse([*_apart(hosts, "run_dir", config.run_dir), *_apart(hosts, "data.cache", config.data.cache)])
     seconds = time.perf_counter() - began
     if rank == 0:
@@ -112,13 +112,14 @@ def judged(reports: Sequence[Report], how: Preflight = Preflight.run) -> tuple[l
         f"{named(wrong, hosts)}: an all-reduce gave a wrong sum: test the links between these hosts (nccl-tests)"
     ] * bool(wrong)
     told = []
-    offsets = [report.clock - reports[0].clock for report in reports]
-    for host in dict.fromkeys(hosts):
-        offset = offsets[hosts.index(host)]
+    clocks = {host: reports[hosts.index(host)].clock for host in hosts}
+    usual = sorted(clocks, key=lambda host: clocks[host])[(len(clocks) - 1) // 2]  # most are about as late as it
+    for host in clocks:
+        offset = clocks[host] - clocks[usual]
         if abs(offset) - reports[0].spread_seconds > CLOCK_SECONDS:
             told.append(
                 f"the clock of host {host} is {abs(offset):.0f} s {'ahead of' if offset > 0 else 'behind'} that of "
-                f"rank 0's host {hosts[0]}: set it (chrony), or times in logs and certificates will not fit"
+                f"host {usual}: set it (chrony), or times in logs and certificates will not fit"
             )
     told += _unlike(hosts, [{"GPU": report.device} for report in reports], "the slowest sets the pace")
     told += _unlike(hosts, [{"driver": report.driver or "none"} for report in reports], "better to have one")
@@ -131,11 +132,10 @@ def line(reports: Sequence[Report], seconds: float) -> str:
     free = min((report for report in reports if report.free_bytes is not None), key=_free, default=None)
     same = "code, config and versions" if len({str(report.versions) for report in reports}) == 1 else "code and config"
     memory = "" if free is None else f"; {_free(free) / GB:.1f} of {(free.total_bytes or 0) / GB:.1f} GB free"
+    clocks = f"clocks within {1000 * clock_bound(reports):.0f} ms; " * (clock_bound(reports) <= CLOCK_SECONDS)
     return (
         f"preflight {len(reports)} rank{'s' * (len(reports) > 1)} on {len(hosts)} host{'s' * (len(hosts) > 1)} in "
-        f"{seconds:.1f} s: same {same}; clocks within {1000 * clock_bound(reports):.0f} ms; all-reduce right"
-        + memory
-        + " on the fullest GPU" * (free is not None)
+        f"{seconds:.1f} s: same {same}; {clocks}all-reduce right" + memory + " on the fullest GPU" * (free is not None)
     )
 
 

@@ -269,7 +269,12 @@ def _make(
     every = [(plan, segment) for plan in plans for segment in plan.segments]
     own = every[shard[0] - 1 :: shard[1]]
     cache, folders = Path(data.cache).expanduser(), []
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"data.cache={cache} cannot be written ({error.strerror}): choose a folder that can"
+        ) from error
     done, missing = Made(len(every), len(own)), {}
     progress, began, began_core = _Progress(sum(segment.size for _, segment in own)), time.time(), time.process_time()
 

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -148,16 +149,39 @@ def join(config: Train) -> tuple[int, int, torch.device, dict]:
 
 
 def only_preflight(config: Train) -> dict:
-    """preflight=only: the ranks compare each other, and whether all see the run folder and the base model."""
-    rank, *_, found = join(config)
-    folder = Path(config.run_dir).expanduser()
+    """preflight=only: the ranks compare each other, whether the batches divide among them, whether run folder, cache
+    and swap files can be written, and whether all see the base model."""
+    rank, world, device, found = join(config)
+    join_deepspeed(device)
+    agree(lambda: deepspeed_config(config, world))
+    folder, cache = Path(config.run_dir).expanduser(), Path(config.data.cache).expanduser()
     new = from_rank_zero(lambda: [p for p in (folder / "checkpoints", folder, *folder.parents) if not p.exists()])
     release(folder, claim(folder))
+    from_rank_zero(lambda: _try_cache(cache))
     if rank == 0:
         for made in new:
             made.rmdir()
+    open_swap(config)
+    remove_swap(config)
     agree(lambda: _check_model(config, load_config(config.model.source, **_opening(config))))
     return {"run_dir": str(folder), "preflight": found}
+
+
+def _try_cache(cache: Path) -> None:
+    """ValueError unless rows could be prepared there; leaves nothing."""
+    new = [path for path in (cache, *cache.parents) if not path.exists()]
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=cache):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"data.cache={cache} cannot be written ({error.strerror}): choose a folder that can"
+        ) from error
+    finally:
+        for made in new:
+            if made.exists():
+                made.rmdir()
 
 
 def open_run(config: Train) -> Run:

@@ -12,6 +12,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -227,16 +228,36 @@ def _read(parts: list[Part], source: Source, key: str) -> Iterator[Document]:
     skipped = []
     for part in parts:
         where = f"{key}: {part.file.path}"
-        if not part.file.path.lower().endswith(TEXT_ENDINGS):
-            yield from _rows(part, source, where)
-            continue
-        _refuse_text(source, part.file.path, key)
-        try:
-            yield _text(part.file)
-        except UnicodeDecodeError:
-            skipped.append(part.file.path)
+        if part.file.path.lower().endswith(TEXT_ENDINGS):
+            _refuse_text(source, part.file.path, key)
+        with _readable(where):
+            try:
+                if part.file.path.lower().endswith(TEXT_ENDINGS):
+                    yield _text(part.file)
+                else:
+                    yield from _rows(part, source, where)
+            except UnicodeDecodeError:
+                skipped.append(part.file.path)
+            _refuse_changed(part.file, key)
     if skipped:
         print(f"{key}: skipped {len(skipped)} files that are not UTF-8, first {skipped[0]}", file=sys.stderr)
+
+
+@contextmanager
+def _readable(where: str) -> Iterator[None]:
+    """What a driver or a decoder says of a file, with its name."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, EOFError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"{where} cannot be read ({why}): replace or remove it") from error
+
+
+def _refuse_changed(file: File, key: str) -> None:
+    """ValueError if a file of this machine is no longer the one that was listed, and by which its rows are known."""
+    now = os.stat(file.path) if file.system is None else None
+    if now is not None and (now.st_mtime_ns, now.st_size) != (file.stamp, file.size):
+        raise ValueError(f"{key}: {file.path} was changed while it was read: prepare again when it is whole")
 
 
 def _text(file: File) -> Document:
@@ -367,7 +388,7 @@ def _identity(parts: list[Part], read: Any, key: str, cache: Path, may_read: boo
 def _content(part: Part, key: str) -> str:
     """A digest of all bytes that the part's rows are made of."""
     hashed, file = xxhash.xxh3_128(), part.file
-    with file.open() as stream:
+    with _readable(f"{key}: {file.path}"), file.open() as stream:
         spans = [(0, file.size or sys.maxsize)]  # over HTTP the size may not be known
         if part.of > 1 and file.path.lower().endswith(".parquet"):
             spans = _parquet_spans(stream, part)
@@ -378,9 +399,7 @@ def _content(part: Part, key: str) -> str:
             while begin < end and (block := stream.read(min(2**22, end - begin))):
                 hashed.update(block)
                 begin += len(block)
-    now = os.stat(file.path) if file.system is None else None
-    if now is not None and (now.st_mtime_ns, now.st_size) != (file.stamp, file.size):
-        raise ValueError(f"{key}: {file.path} was changed while it was read: prepare again when it is whole")
+    _refuse_changed(file, key)
     return hashed.hexdigest()
 
 

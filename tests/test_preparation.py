@@ -1,5 +1,6 @@
 """Text becomes the same rows on one machine or many, in one go or after a kill; rows are opened when asked for."""
 
+import gzip
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import pytest
 from conftest import tiny_overrides
 
 from prosparse import data as reading
-from prosparse import packing, sources, tokenization
+from prosparse import packing, preparation, sources, tokenization
 from prosparse.cli import main
 from prosparse.config import Auto, Data, Source
 from prosparse.data import Rows, Shard, open_prepared
@@ -184,6 +185,42 @@ def test_a_file_that_changes_while_it_is_read_is_refused(corpus, make_data, toke
     (corpus / "a.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=r"data.sources.a: .*a.jsonl was changed while it was read: prepare again"):
         cut[0].identity(Path(make_data().cache), True)
+
+
+def test_a_file_that_changes_between_its_digest_and_its_reading_is_refused(corpus, make_data, tokenizer, monkeypatch):
+    folders = preparation._Plan.folders
+
+    def change(plan, segment, *given, **named):
+        found = folders(plan, segment, *given, **named)
+        (corpus / "a.jsonl").write_text(json.dumps({"text": "another text " * 99}) + "\n")
+        return found
+
+    data = make_data()
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation._Plan, "folders", change)
+        with pytest.raises(ValueError, match=r"data.sources.a: .*a.jsonl was changed while it was read: prepare again"):
+            prepare(data, tokenizer, [CONTEXT])
+    assert not [path for path in Path(data.cache).iterdir() if (path / "manifest.json").exists()]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("x.parquet", b"PAR1 no"), ("x.jsonl.gz", b"no gzip"), ("y.jsonl.gz", gzip.compress(b'{"text": "a"}' * 99)[:-9])],
+)
+def test_a_damaged_file_is_named(tmp_path, make_data, tokenizer, name, content):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"data.sources.a: .*{name} (cannot be read|line 1)"):
+        prepare(make_data(sources={"a": Source(path=str(tmp_path / "bad"))}), tokenizer, [CONTEXT])
+
+
+def test_a_cache_that_cannot_be_written_is_named(make_data, tokenizer):
+    data = make_data()
+    data.cache = "/proc/nowhere"
+    with pytest.raises(
+        ValueError, match=r"data.cache=/proc/nowhere cannot be written \(.*\): choose a folder that can"
+    ):
+        prepare(data, tokenizer, [CONTEXT])
 
 
 # --- elsewhere --------------------------------------------------------------------------------------------------------
