@@ -27,13 +27,16 @@ class _Gated(torch.autograd.Function):
         ctx.kernels, ctx.name, ctx.param = kernels, name, param
         ctx.context, ctx.layer, ctx.visits = context, layer, visits
         ctx.mask = row_mask(context.token_mask, x1, tokens)
+        ctx.again = None  # x1, once it has been recomputed
         return x1
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):
         (gradient,), (gate, up), context, mask = gradients, ctx.saved_tensors, ctx.context, ctx.mask
         scale = context.scale / (gate.shape[-1] * ctx.visits)
-        d_gate, d_up, sums = ctx.kernels[1](ctx.name, ctx.param, gate, up, gradient, scale, mask)
+        again, ctx.again = ctx.again, None
+        known = () if again is None else (again,)
+        d_gate, d_up, sums = ctx.kernels[1](ctx.name, ctx.param, gate, up, gradient, scale, mask, *known)
         rows = gate.numel() // gate.shape[-1] if mask is None else mask.sum()
         row = context.statistics[ctx.layer]
         row[MAGNITUDE : NONZERO + 1] += sums.sum(-1, dtype=torch.float64)
@@ -96,7 +99,10 @@ def _without_x1(down: nn.Module, x1: Tensor) -> Tensor:
             return packed
         shape, node = packed
         with torch.no_grad():
-            return node.kernels[0](node.name, node.param, *node.saved_tensors).view(shape)
+            x1 = node.kernels[0](node.name, node.param, *node.saved_tensors)
+        if node.kernels[1] is _backward:  # which comes next and needs it too
+            node.again = x1
+        return x1.view(shape)
 
     with saved_tensors_hooks(pack, unpack):
         return type(down).forward(down, x1)
@@ -106,14 +112,21 @@ def _without_x1(down: nn.Module, x1: Tensor) -> Tensor:
 
 
 def _backward(
-    name: str, param: float, gate: Tensor, up: Tensor, gradient: Tensor, scale: Tensor, mask: Tensor | None
+    name: str,
+    param: float,
+    gate: Tensor,
+    up: Tensor,
+    gradient: Tensor,
+    scale: Tensor,
+    mask: Tensor | None,
+    x1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(gradient of gate, of up, fp32 [2, rows]: Σ|x1| and non-zeros); `gradient` is that of x1, [..., neurons]."""
     kept = ACTIVATIONS["relu" if name == "drelu" and param == 0 else name](gate, param)
     d_kept, cut = up, torch.ops.aten.threshold_backward
     if name == "drelu":
         d_kept = F.relu(up)
-    x1 = kept * d_kept
+    x1 = kept * d_kept if x1 is None else x1
     counted = x1 if mask is None else x1 * mask.unsqueeze(-1)
     sign = counted.sign()
     sums = torch.stack([sum_abs(part).flatten() for part in (counted, sign)])
