@@ -324,6 +324,28 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+def test_the_memory_of_reading_does_not_grow_with_the_number_of_files(tmp_path):
+    path, rows, context = tmp_path / "1.arrow", 64, 4096
+    values = pa.array(np.arange(rows * context, dtype=np.int32))
+    schema = pa.schema({"input_ids": pa.list_(pa.int32(), context)})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as stream:
+        column = pa.FixedSizeListArray.from_arrays(values, context)
+        stream.write_batch(pa.record_batch([column], schema=schema))
+    chance, found = np.random.default_rng(0), []
+    for files in (200, 200, 2000):  # 2,000: 2 GB
+        read = Rows([Shard(path, rows, path.stat().st_size)] * files)
+        for index in chance.integers(len(read), size=4000):
+            assert read[int(index)][0] == index % rows * context
+        found.append(anonymous_bytes())
+    assert found[2] - found[1] < 4e6, found
+
+
+def anonymous_bytes() -> int:
+    """What the process holds beside mapped files."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+
+
 def test_opening_a_table_reads_no_file_of_rows(make_data, tokenizer):
     prepared = prepare(make_data(), tokenizer, [CONTEXT])[CONTEXT]
     for shard in prepared.train["a"].shards:
