@@ -206,6 +206,7 @@ def test_a_file_that_changes_between_its_digest_and_its_reading_is_refused(corpu
 @pytest.mark.parametrize(
     ("name", "content"),
     [("x.parquet", b"PAR1 no"), ("x.jsonl.gz", b"no gzip"), ("y.jsonl.gz", gzip.compress(b'{"text": "a"}' * 99)[:-9])],
+    ids=["parquet", "no gzip", "cut gzip"],
 )
 def test_a_damaged_file_is_named(tmp_path, make_data, tokenizer, name, content):
     (tmp_path / "bad").mkdir()
