@@ -12,11 +12,8 @@ export DS_ACCELERATOR=cpu # the ranks of these tests share one machine, GPUs or 
 part format ruff format --check .
 part lint ruff check .
 part types mypy
-# Once a machine, and here rather than within a test: the compilation of what steps in host memory, and what swaps.
+# Once a machine, and here rather than within a test: the compilation of what steps in host memory.
 part "cpu adam" python -c 'from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load(verbose=False)'
-part "async io" python -c 'from deepspeed.ops.op_builder import AsyncIOBuilder as Builder
-if Builder().is_compatible():  # libaio is there
-    Builder().load(verbose=False)'
 if [ $# -gt 0 ]; then
     part tests python -m pytest "$@"
 else # ranks wait for one another much of their time: two groups of them share two cores well

@@ -217,6 +217,30 @@ def _control(tokenizer: PreTrainedTokenizerBase, bos: Auto) -> Control:
     return before, tokenizer.eos_token_id
 
 
+def try_cache(name: str) -> None:
+    """ValueError unless rows could be prepared in the folder of this name; leaves nothing behind."""
+    cache = Path(name).expanduser()
+    new = [path for path in (cache, *cache.parents) if not path.exists()]
+    try:
+        _make_cache(cache, probe=True)
+    finally:
+        for made in new:
+            if made.exists():
+                made.rmdir()
+
+
+def _make_cache(cache: Path, probe: bool) -> None:
+    """Make the folder, if it is not there; `probe`: and see whether something can be written in it."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        if probe:
+            TemporaryDirectory(prefix=".preparing-", dir=cache).cleanup()
+    except OSError as error:
+        raise ValueError(
+            f"data.cache={cache} cannot be written ({error.strerror}): choose a folder that can"
+        ) from error
+
+
 # --- segments ---------------------------------------------------------------------------------------------------------
 
 
@@ -269,12 +293,7 @@ def _make(
     every = [(plan, segment) for plan in plans for segment in plan.segments]
     own = every[shard[0] - 1 :: shard[1]]
     cache, folders = Path(data.cache).expanduser(), []
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"data.cache={cache} cannot be written ({error.strerror}): choose a folder that can"
-        ) from error
+    _make_cache(cache, probe=False)
     done, missing = Made(len(every), len(own)), {}
     progress, began, began_core = _Progress(sum(segment.size for _, segment in own)), time.time(), time.process_time()
 

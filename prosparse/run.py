@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -44,7 +43,7 @@ from prosparse.models.formats import TRAINED_WITH_BOS, released_config
 from prosparse.models.load import load_config, load_model, load_tokenizer
 from prosparse.offload import build_operators, check_swap, open_swap, remove_swap
 from prosparse.preflight import preflight
-from prosparse.preparation import begins_with_bos, prepare, tokenizer_digest
+from prosparse.preparation import begins_with_bos, prepare, tokenizer_digest, try_cache
 from prosparse.signals import Stopped, interruptible
 from prosparse.speed import Profiler, described, make_ready, thaw_gc
 from prosparse.telemetry import Metrics, Tracker, header, redact, versions, write_atomically
@@ -154,10 +153,10 @@ def only_preflight(config: Train) -> dict:
     rank, world, device, found = join(config)
     join_deepspeed(device)
     agree(lambda: deepspeed_config(config, world))
-    folder, cache = Path(config.run_dir).expanduser(), Path(config.data.cache).expanduser()
+    folder = Path(config.run_dir).expanduser()
     new = from_rank_zero(lambda: [p for p in (folder / "checkpoints", folder, *folder.parents) if not p.exists()])
     release(folder, claim(folder))
-    from_rank_zero(lambda: _try_cache(cache))
+    from_rank_zero(lambda: try_cache(config.data.cache))
     if rank == 0:
         for made in new:
             made.rmdir()
@@ -165,23 +164,6 @@ def only_preflight(config: Train) -> dict:
     remove_swap(config)
     agree(lambda: _check_model(config, load_config(config.model.source, **_opening(config))))
     return {"run_dir": str(folder), "preflight": found}
-
-
-def _try_cache(cache: Path) -> None:
-    """ValueError unless rows could be prepared there; leaves nothing."""
-    new = [path for path in (cache, *cache.parents) if not path.exists()]
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=cache):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"data.cache={cache} cannot be written ({error.strerror}): choose a folder that can"
-        ) from error
-    finally:
-        for made in new:
-            if made.exists():
-                made.rmdir()
 
 
 def open_run(config: Train) -> Run:

@@ -1,4 +1,7 @@
-"""fp32 weights and moments in swap files: the same run as without, its checkpoints those of every other run."""
+"""fp32 weights and moments in swap files: the same run as without, its checkpoints those of every other run.
+
+What swaps is compiled for it in some two minutes: `python -m pytest -m slow tests/distributed/test_swapping.py`.
+"""
 
 import shutil
 import subprocess
@@ -31,6 +34,7 @@ def go(nursery, large, tmp_path_factory):
 
     if not AsyncIOBuilder().is_compatible():
         pytest.skip("DeepSpeed's async_io cannot be built here: install libaio-dev")
+    AsyncIOBuilder().load(verbose=False)  # two minutes, once; the ranks would compile it side by side
     root = tmp_path_factory.mktemp("swapping")
 
     def start(name: str, *overrides: str, codes: tuple[int, ...] = (0, 0), **inject) -> str:
@@ -54,12 +58,14 @@ def left(go) -> list[str]:
     return sorted(path.name for path in (go.root / "disk").iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_with_swap_files_is_the_plain_run(go, swapped):
     assert "with masters and moments in swap files" in swapped
     assert_equal(go, "swapped")
     assert left(go) == []
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_bit_for_bit_and_its_files_go_too(go, swapped):
     """The ninth forward pass of a rank's evaluations is the first after step 5."""
     go("killed", *NVME, codes=(1, -9), die_in_evaluation=9, rank=1)
@@ -72,6 +78,7 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit_and_its_files_go_too(go, swapp
     assert left(go) == []
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_into_swap_files_and_out_of_them_again_with_other_ranks(go):
     go("in and out", "until=substitution")
     go("in and out", *NVME, "until=rise", codes=(0,))
@@ -79,6 +86,7 @@ def test_a_checkpoint_goes_into_swap_files_and_out_of_them_again_with_other_rank
     assert_equal(go, "in and out")
 
 
+@pytest.mark.slow
 def test_a_sweep_is_taken_back_moments_are_forgotten_and_a_spike_is_left_out_in_swap_files(go):
     """The spike is in the second window of `hold`: 3 windows come before the sweep, it has 2 x 2, `rise` has 2."""
     how = [*TARGET, "recipe.stages.rise.steps=2", "recipe.stages.hold.steps=3"]
@@ -91,6 +99,7 @@ def test_a_sweep_is_taken_back_moments_are_forgotten_and_a_spike_is_left_out_in_
     assert sweeps[0] == sweeps[1] and len(sweeps[0]) == 1
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_too_small_for_the_copies_of_a_sweep_is_refused_before_training(go, tmp_path):
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=30m", "none", tmp_path], capture_output=True)
     if mounted.returncode:
