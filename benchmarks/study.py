@@ -5,9 +5,10 @@
 
 In: a corpus (benchmarks/corpus.py's corpus.jsonl, or hub://NAME), and optionally WikiText-2's validation text. The
 first form trains the arms one after the other (without arm=: all), measures each on held-out text and asks it
-tests/tasks; what is done is not done again, and what was stopped goes on. Out, for ARM or ARM-seedN: DIR/ARM (a run
-folder), DIR/measured/ARM, DIR/tasks/ARM; of `report`: DIR/report (that of `prosparse report`), DIR/results.json,
-DIR/results.md, DIR/frontier.png.
+tests/tasks; arm=magnitude,thresholds cuts the arms that have ended further without training. What is done is not done
+again, and what was stopped goes on. Out, for ARM or ARM-seedN: DIR/ARM (a run folder), DIR/measured/ARM, DIR/tasks/ARM,
+DIR/cuts/ARM.json; of `report`: DIR/report (that of `prosparse report`), DIR/results.json, DIR/results.md,
+DIR/frontier.png.
 """
 
 import json
@@ -15,12 +16,22 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
+from prosparse import load_model, load_tokenizer
+from prosparse.checkpoint import find_stage
+from prosparse.cli import compose
+from prosparse.data import Batch
+from prosparse.ffn import activation_of, substitute
+from prosparse.penalty import new_statistics, sparsity_by_layer, tally_kept
 from prosparse.plotting import GRAY, SERIES
+from prosparse.preparation import prepare
+from prosparse.sparsity import run_passes, spread
+from prosparse.telemetry import device_name
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("substitution", "rise", "hold")
@@ -28,18 +39,28 @@ NO_SHIFT = "shift@recipe.shift=none"
 DRELU = "activation@recipe.activation=drelu"
 NEURON = "recipe.shift.granularity=neuron"
 RECOVER = "RECOVER"
-GRID = (0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.89)  # sparsities of the arm without training
+GRID = (0.3, 0.5, 0.7, 0.8, 0.89)  # sparsities of the arm without training
+THRESHOLDS = (0.05, 0.1, 0.2, 0.4, 0.8)  # on the gates of the trained models
 KEYS = ("model", "sparsity", "perplexity", "x_control", "tokens", "tokens_trained", "steps", "activation")
 TRAINED = ("trained", "shifted", "recovered")
 TASKS = ("opposites", "series")
 FILES = "data.sources.files."  # of a Hub corpus: config, split, column
+
+# Up to the end of that stage these are one run with the arm BASE, and begin from its checkpoint where that is at hand.
+BASE = "progressive_shift"
+FORKS = {
+    "relu_only": "substitution",
+    "constant_l1": "substitution",
+    "progressive_shift_neuron": "hold",
+    "target_89": "substitution",
+}
 
 # What an arm changes of experiment=study: ReLU, λ along a sine, one threshold within +1 % of perplexity.
 # The arm "progressive λ" without a shift is the model `trained` of progressive_shift: the same run, before its shift.
 ARMS = {
     "silu_continued": ["recipe.control=silu_continued"],
     "relu_only": ["recipe.control=relu_only"],
-    "progressive_shift": [],
+    BASE: ["save.keep_stages=true"],
     "constant_l1": ["recipe.control=constant_l1"],
     "progressive_shift_neuron": [NEURON],
     "progressive_shift_recover": [RECOVER],
@@ -80,6 +101,21 @@ def overrides(arm: str, scale: str = "cpu", seed: int = 0) -> list[str]:
     return ["experiment=study", *changed, *steps, *own, f"seed={seed}"]
 
 
+def folder_of(arm: str, seed: int) -> str:
+    """The name of an arm's folder."""
+    return arm if seed == 0 else f"{arm}-seed{seed}"
+
+
+def begun_from(out: Path, arm: str, seed: int) -> list[str]:
+    """The fork with which an arm begins, if it has one and that checkpoint is there."""
+    base = out / folder_of(BASE, seed)
+    try:
+        find_stage(base, FORKS[arm])
+    except (KeyError, ValueError):
+        return []
+    return [f"fork={base}@{FORKS[arm]}"]
+
+
 def verb(name: str, *overrides: str) -> None:
     """Run `prosparse NAME ...` in a process of its own."""
     done = subprocess.run([sys.executable, "-m", "prosparse.cli", name, *overrides], cwd=ROOT)
@@ -95,12 +131,13 @@ def complete(folder: Path) -> bool:
 
 def run(arm: str, out: Path, scale: str, seed: int, corpus: str, wikitext: str | None, given: list[str]) -> None:
     """One arm: train, measure, ask; each only if it has not been done."""
-    name = arm if seed == 0 else f"{arm}-seed{seed}"
+    name = folder_of(arm, seed)
     folder, devices = out / name, [o for o in given if o.startswith(("threads=", "device="))]
     text = [f"data.sources.files.path={corpus}", f"data.cache={out / 'cache'}"]
     if not (folder / "report" / "report.json").exists():
-        verb("train", *overrides(arm, scale, seed), f"run_dir={folder}", *text, *given)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # 3 to 5 GB an arm; the model is in RUN/model
+        verb("train", *overrides(arm, scale, seed), f"run_dir={folder}", *begun_from(out, arm, seed), *text, *given)
+    if arm != BASE:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # 3 to 5 GB an arm; the model is in RUN/model
     hub = dict(o.removeprefix(FILES).split("=", 1) for o in given if o.startswith(FILES))
     part = "".join(f", {key}: '{value}'" for key, value in hub.items())
     texts = {"corpus": f"{{path: '{corpus}', held_out: 0.02, rows: 128{part}}}"}
@@ -120,53 +157,76 @@ def run(arm: str, out: Path, scale: str, seed: int, corpus: str, wikitext: str |
 # --- thresholds without training -------------------------------------------------------------------------------------
 
 
-def magnitude(out: Path, dense: str, scale: str, corpus: str, given: list[str]) -> None:
-    """The arm that trains nothing: of the run `dense`, cut what of each layer's intermediate is small (TEAL's way).
+class Opened:
+    """The last model of the run OUT/`name`, with the rows that it trained on and was measured on."""
+
+    def __init__(self, out: Path, name: str, scale: str, corpus: str, given: list[str]) -> None:
+        text = [f"data.sources.files.path={corpus}", f"data.cache={out / 'cache'}"]
+        config = compose("train", [*overrides("silu_continued", scale), f"run_dir={out / name}", *text, *given])
+        torch.set_num_threads(config.threads or torch.get_num_threads())
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+        self.model = load_model(str(out / name / "model"), dtype=torch.bfloat16, device=torch.device(device))
+        self.layers, self.batch = self.model.config.num_hidden_layers, config.micro_batch
+        context = config.recipe.batch.context
+        rows = prepare(config.data, load_tokenizer(str(out / name / "model")), [context])[context]
+        self.train, self.held_out = rows.train["files"], rows.held_out
+        self.measured = spread(len(rows.held_out), config.evaluate.rows)
+        self.told = {"model": name, "device": device_name(self.model.device, 1)}
+
+    @torch.no_grad()
+    def point(self, cut: torch.Tensor | None = None) -> dict:
+        """Tokens, sparsity and perplexity on the held-out rows; `cut` [layers]: what of |x1| is smaller becomes 0."""
+        statistics = new_statistics(self.layers, self.model.device)
+
+        def keep(layer: int, x1: torch.Tensor, data: Batch) -> torch.Tensor:
+            if cut is not None:
+                x1 = torch.where(x1.float().abs() >= cut[layer].to(x1.device), x1, 0.0)
+            tally_kept(statistics[layer], x1, data.token_mask)
+            return x1
+
+        totals = run_passes(self.model, self.held_out, self.measured, self.batch, keep).tolist()
+        sparsity = sum(sparsity_by_layer(statistics)) / self.layers
+        return {"tokens": int(totals[1]), "sparsity": sparsity, "perplexity": math.exp(totals[0] / totals[1])}
+
+    def points(self, levels: Iterable[tuple[dict, torch.Tensor | None]], file: Path) -> None:
+        """A point for each (what it is called, cut), told and written to `file`."""
+        found = []
+        for called, cut in levels:
+            found.append(called | self.point(cut))
+            print(f"{self.told['model']:<20} {found[-1]}", flush=True)
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(self.told | {"points": found}, indent=1) + "\n")
+
+
+def magnitude(out: Path, name: str, scale: str, corpus: str, given: list[str]) -> None:
+    """The arm that trains nothing: of a run's intermediate, cut what is small in each layer (TEAL's way).
 
     A layer's threshold on |x1| is a quantile over 8 training rows, the same quantile in all layers. Sparsities: a grid,
-    and those of the arms that have been trained. Writes OUT/magnitude/result.json; measured on the runs' held-out rows.
+    and those of the arms that have been trained. Writes OUT/cuts/NAME.json; measured on the runs' held-out rows.
     """
-    from prosparse import load_model, load_tokenizer
-    from prosparse.cli import compose
-    from prosparse.data import Batch
-    from prosparse.penalty import new_statistics, sparsity_by_layer, tally_kept
-    from prosparse.preparation import prepare
-    from prosparse.sparsity import run_passes, spread
-    from prosparse.telemetry import device_name
-
-    text = [f"data.sources.files.path={corpus}", f"data.cache={out / 'cache'}"]
-    config = compose("train", [*overrides("silu_continued", scale), f"run_dir={out / dense}", *text, *given])
-    torch.set_num_threads(config.threads or torch.get_num_threads())
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    model = load_model(str(out / dense / "model"), dtype=torch.bfloat16, device=torch.device(device))
-    context, layers = config.recipe.batch.context, model.config.num_hidden_layers
-    rows = prepare(config.data, load_tokenizer(str(out / dense / "model")), [context])[context]
-    train, indices = rows.train["files"], spread(len(rows.held_out), config.evaluate.rows)
+    opened = Opened(out, name, scale, corpus, given)
     levels = sorted({*GRID, *(round(share, 4) for share in sparsities(out) if share > 0.01)})
-    thresholds = torch.zeros(len(levels), layers)
+    thresholds = torch.zeros(len(levels), opened.layers)
 
     def quantiles(layer: int, x1: torch.Tensor, data: Batch | None) -> None:
         size = x1.float().abs().flatten().sort().values.cpu()
         thresholds[:, layer] = size[[min(len(size) - 1, round(level * len(size))) for level in levels]]
 
-    points = []
     with torch.no_grad():
-        run_passes(model, train, spread(len(train), 8), 8, quantiles)
-        for level, cut in zip([0.0, *levels], [torch.zeros(layers), *thresholds], strict=True):
-            statistics = new_statistics(layers, model.device)
+        run_passes(opened.model, opened.train, spread(len(opened.train), 8), 8, quantiles)
+    named = ({"cut": f"{level:.2%} of |x1| cut"} for level in (0.0, *levels))
+    opened.points(zip(named, [None, *thresholds], strict=True), out / "cuts" / f"{name}.json")
 
-            def keep(layer: int, x1: torch.Tensor, data: Batch) -> torch.Tensor:
-                x1 = torch.where(x1.float().abs() >= cut[layer].to(x1.device), x1, 0.0)  # noqa: B023
-                tally_kept(statistics[layer], x1, data.token_mask)  # noqa: B023
-                return x1
 
-            totals = run_passes(model, rows.held_out, indices, config.micro_batch, keep).tolist()
-            sparsity = sum(sparsity_by_layer(statistics)) / layers
-            points.append({"quantile": level, "sparsity": sparsity, "perplexity": math.exp(totals[0] / totals[1])})
-            print(f"magnitude  sparsity {sparsity:.2%}  perplexity {points[-1]['perplexity']:.3f}", flush=True)
-    result = {"model": dense, "tokens": int(totals[1]), "device": device_name(model.device, 1), "points": points}
-    (out / "magnitude").mkdir(exist_ok=True)
-    (out / "magnitude" / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+def thresholds(out: Path, name: str, scale: str, corpus: str, given: list[str]) -> None:
+    """One threshold on the gate after the other, in a run's last model: what is cut that was not trained for.
+
+    Writes OUT/cuts/NAME.json; measured on the runs' held-out rows.
+    """
+    opened = Opened(out, name, scale, corpus, given)
+    own = "drelu" if activation_of(opened.model)[0] == "drelu" else "fatrelu"
+    cuts = (({"cut": f"threshold {substitute(opened.model, own, value).param:.4g}"}, None) for value in THRESHOLDS)
+    opened.points(cuts, out / "cuts" / f"{name}.json")
 
 
 # --- what the arms say -----------------------------------------------------------------------------------------------
@@ -216,74 +276,76 @@ def collect(out: Path) -> dict:
         if complete(out / "tasks" / name):
             tasks = json.loads((out / "tasks" / name / "result.json").read_text())["tasks"]
             row["tasks"] = {task: next(iter(tasks[task]["metrics"].values())) for task in tasks}
-    cut = out / "magnitude" / "result.json"
-    dense = next((row["perplexity"] for row in rows if row["arm"] == "silu_continued" and row["seed"] == 0), None)
-    points = json.loads(cut.read_text())["points"] if cut.is_file() else []
-    points = [point | {"x_control": point["perplexity"] / dense if dense else None} for point in points]
+    cuts = []
+    for file in sorted(out.glob("cuts/*.json")):
+        cut = json.loads(file.read_text())
+        if cut["model"] in runs:
+            arm, seed = runs[cut["model"]]
+            cuts += [{"arm": arm, "seed": seed, "tokens_trained": rows[0]["tokens_trained"]} | p for p in cut["points"]]
+    first_of = {(row["arm"], row["seed"]): row for row in reversed(rows)}
+    matched = {key: row["perplexity"] for key, row in first_of.items() if row["x_control"] is not None}
+    for row in rows + cuts:
+        for key, control in (("x_control", "silu_continued"), ("x_relu_only", "relu_only")):
+            both = (row["arm"], row["seed"]) in matched, matched.get((control, row["seed"]))
+            row[key] = row["perplexity"] / both[1] if all(both) else None
     conditions = {key: first[key] for key in ("text", "device", "dtype", "versions", "rows_digest")}
-    return {
-        "conditions": conditions | {"tokens": rows[0]["tokens"]},
-        "rows": rows,
-        "magnitude": points,
-        "notes": told["table_notes"],
-    }
+    conditions |= {"tokens": rows[0]["tokens"]}
+    return {"conditions": conditions, "rows": rows, "cuts": cuts, "notes": told["table_notes"]}
 
 
 def table(results: dict) -> str:
     """The matched-token table as Markdown; an arm that has not been run has a row that says so."""
-    lines = [
-        "| arm | model | seed | tokens | sparsity | perplexity | x SiLU continued | WikiText-2 | opposites | series |"
-    ]
-    lines.append("|---" * 10 + "|")
+    heads = ["arm", "model", "seed", "tokens", "sparsity", "perplexity", "x SiLU continued", "x ReLU only"]
+    heads += ["WikiText-2", *TASKS]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     form = lambda value, how: "-" if value is None else format(value, how)  # noqa: E731
     for arm in ARMS:
-        rows = [row for row in results["rows"] if row["arm"] == arm]
-        for row in rows:
+        own = [row for row in results["rows"] + results["cuts"] if row["arm"] == arm]
+        for row in own:
             texts, tasks = row.get("texts", {}), row.get("tasks", {})
-            cells = [arm, row["model"], str(row["seed"]), f"{row['tokens_trained']:,}", f"{row['sparsity']:.2%}"]
-            cells += [f"{row['perplexity']:.3f}", form(row["x_control"], ".4f"), form(texts.get("wikitext"), ".2f")]
+            cells = [arm, row.get("model", row.get("cut")), str(row["seed"]), f"{row['tokens_trained']:,}"]
+            cells += [f"{row['sparsity']:.2%}", f"{row['perplexity']:.3f}"]
+            cells += [
+                form(row["x_control"], ".4f"),
+                form(row["x_relu_only"], ".4f"),
+                form(texts.get("wikitext"), ".2f"),
+            ]
             lines.append(f"| {' | '.join([*cells, *(form(tasks.get(task), '.3f') for task in TASKS)])} |")
-        if not rows:
-            lines.append(f"| {arm} | not measured |" + " |" * 8)
-    for point in results["magnitude"]:
-        cells = [f"{point['sparsity']:.2%}", f"{point['perplexity']:.3f}", form(point["x_control"], ".4f")]
-        lines.append(f"| magnitude | cut by {point['quantile']:.0%} | 0 | 0 | {' | '.join(cells)} | - | - | - |")
+        if not own:
+            lines.append(f"| {arm} | not measured |" + " |" * (len(heads) - 2))
     return "\n".join(lines) + "\n"
 
 
 def frontier(results: dict, path: Path) -> None:
-    """Perplexity as a multiple of the SiLU-continued arm's, over sparsity."""
+    """Perplexity as a multiple of the SiLU-continued arm's, over sparsity: models as marks, what is cut as lines."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
-    cut = [point for point in results["magnitude"] if point["x_control"] is not None]
-    axes.plot(
-        [100 * p["sparsity"] for p in cut],
-        [p["x_control"] for p in cut],
-        ".-",
-        color=GRAY,
-        label="no training: magnitude",
-    )
+    of = lambda kind, arm: [r for r in results[kind] if r["arm"] == arm and r["x_control"] is not None]  # noqa: E731
     for number, arm in enumerate(ARMS):
-        rows = [row for row in results["rows"] if row["arm"] == arm and row["x_control"] is not None]
+        color = GRAY if arm == "silu_continued" else SERIES[number % len(SERIES)]
+        filled = color if number >= len(SERIES) else "none"
         for mark, model in zip("oDP", TRAINED, strict=True):
-            found = [row for row in rows if row["model"] == model]
-            color = SERIES[number % len(SERIES)]
-            how: dict = {"color": color, "marker": mark, "ls": "none", "mfc": "none" if number < len(SERIES) else color}
+            found = [row for row in of("rows", arm) if row["model"] == model]
+            x, y = ([100 * r["sparsity"] for r in found], [r["x_control"] for r in found])
             if found:
-                axes.plot(
-                    [100 * r["sparsity"] for r in found],
-                    [r["x_control"] for r in found],
-                    label=f"{arm}, {model}",
-                    **how,
-                )
+                axes.plot(x, y, label=f"{arm}, {model}", color=color, marker=mark, ls="none", mfc=filled)
+        for seed in sorted({row["seed"] for row in of("cuts", arm)}):
+            both = of("cuts", arm) + [row for row in of("rows", arm) if row["model"] == "trained"]
+            found = sorted((row for row in both if row["seed"] == seed), key=lambda row: row["sparsity"])
+            how = "smallest |x1| cut" if arm == "silu_continued" else "thresholds alone"
+            x, y = ([100 * r["sparsity"] for r in found], [r["x_control"] for r in found])
+            axes.plot(x, y, ".-", color=color, lw=1, ms=4, label=f"{arm}, {how}")
     axes.set(xlabel="sparsity (%)", ylabel="perplexity / that of SiLU continued (log scale)", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)
 
 
+CUTS = {"magnitude": magnitude, "thresholds": thresholds}  # what is done with the arms that have ended
+
+
 def main(*arguments: str) -> None:
-    options = {"scale": "cpu", "seed": "0", "arm": ",".join([*ARMS, "magnitude"]), "wikitext": ""}
+    options = {"scale": "cpu", "seed": "0", "arm": ",".join(dict.fromkeys([BASE, *ARMS, *CUTS])), "wikitext": ""}
     given = []
     for argument in arguments:
         key, _, value = argument.partition("=")
@@ -303,15 +365,17 @@ def main(*arguments: str) -> None:
         print(table(results), *results["notes"], sep="\n")
         return
     path = lambda text: text if not text or "://" in text else str(Path(text).resolve())  # noqa: E731
-    arms = options["arm"].split(",")
+    arms, corpus, scale = options["arm"].split(","), path(options["corpus"]), options["scale"]
     for arm in arms:
-        arm == "magnitude" or overrides(arm, options["scale"])  # all names first
+        arm in CUTS or overrides(arm, scale)  # all names first
     for arm in arms:
-        corpus, scale = path(options["corpus"]), options["scale"]
-        if arm == "magnitude":
-            magnitude(out, "silu_continued", scale, corpus, given)
-        else:
+        if arm not in CUTS:
             run(arm, out, scale, int(options["seed"]), corpus, path(options["wikitext"]) or None, given)
+            continue
+        for name, (trained, _) in names(out).items():
+            dense, done = trained == "silu_continued", (out / "cuts" / f"{name}.json").is_file()
+            if not done and dense == (arm == "magnitude") and NEURON not in ARMS[trained]:  # those are in the weights
+                CUTS[arm](out, name, scale, corpus, given)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """The study: its arms differ in what their names say, its corpus is plain and distinct text, its table is kept."""
 
 import json
+import shutil
 
 import pytest
 from conftest import ROOT, script
 
-from prosparse import schedule
+from prosparse import checkpoint, schedule
 from prosparse.cli import compose
 from prosparse.records import read_run
 from runs import a_measurement, a_run
@@ -26,6 +27,25 @@ def test_arms_of_a_scale_have_the_same_tokens_rows_and_learning_rate(scale):
         return steps, batches, recipe.batch, recipe.lr, recipe.optimizer, config.model, config.data, config.seed
 
     assert all(shared(arm) == shared("silu_continued") for arm in study.ARMS)
+
+
+@pytest.mark.parametrize("arm", study.FORKS)
+def test_an_arm_begins_from_the_run_that_it_is_up_to_a_stage_if_its_checkpoint_is_there(tmp_path, arm):
+    stage = study.FORKS[arm]
+    assert study.begun_from(tmp_path, arm, 1) == []
+    kept = tmp_path / f"{study.BASE}-seed1" / "checkpoints" / "step-00000050"
+    kept.mkdir(parents=True)
+    manifest = {"format": checkpoint.FORMAT, "stage_end": stage}
+    (kept / "manifest.json").write_text(json.dumps(manifest | {"xxh3_128": checkpoint._digest_of(manifest)}))
+    assert study.begun_from(tmp_path, arm, 1) == [f"fork={tmp_path / study.BASE}-seed1@{stage}"]
+    assert study.begun_from(tmp_path, arm, 0) == study.begun_from(tmp_path, study.BASE, 1) == []
+
+    def lived_through(arm):
+        recipe = compose("train", [*study.overrides(arm), "run_dir=x", "data.sources.files.path=y"]).recipe
+        last = schedule.last_step(recipe, stage)
+        return schedule.history(recipe, last), [schedule.learning_rate(recipe, step) for step in range(1, last + 1)]
+
+    assert lived_through(arm) == lived_through(study.BASE)
 
 
 def test_the_cpu_scale_has_a_million_tokens():
@@ -52,11 +72,20 @@ def test_an_arm_is_trained_measured_and_asked_once_and_cut_without_training(tiny
     assert run.status == "finished" and not (run.folder / "checkpoints").exists()
     assert all(study.complete(out / kind / "silu_continued") for kind in ("measured", "tasks"))
 
-    study.main(*asked, "arm=magnitude")
-    whole, *cut = json.loads((out / "magnitude" / "result.json").read_text())["points"]
+    study.main(*asked, "arm=magnitude,thresholds")
+    whole, *cut = json.loads((out / "cuts" / "silu_continued.json").read_text())["points"]
     assert whole["perplexity"] == pytest.approx(run.models["trained"]["perplexity"], rel=1e-3)
-    assert whole["sparsity"] < 0.01 and [point["quantile"] for point in cut] == list(study.GRID)
-    assert all(point["sparsity"] == pytest.approx(point["quantile"], abs=0.05) for point in cut)
+    assert whole["sparsity"] < 0.01 and len(list((out / "cuts").iterdir())) == 1
+    assert [point["sparsity"] for point in cut] == pytest.approx(study.GRID, abs=0.05)
+
+    shutil.copytree(out / "silu_continued", out / "relu_only")  # as if it had been trained with ReLU
+    (out / "relu_only" / "model" / "config.json").write_text(
+        (run.folder / "model" / "config.json").read_text().replace('"silu"', '"relu"')
+    )
+    study.main(*asked, "arm=thresholds")
+    cut = json.loads((out / "cuts" / "relu_only.json").read_text())["points"]
+    assert [point["cut"] for point in cut[:2]] == ["threshold 0.05005", "threshold 0.1001"]
+    assert 0.2 < cut[0]["sparsity"] < cut[1]["sparsity"] < cut[-1]["sparsity"]
 
 
 def test_arms_are_reported_as_multiples_of_the_matched_control(tmp_path):
@@ -64,11 +93,11 @@ def test_arms_are_reported_as_multiples_of_the_matched_control(tmp_path):
         a_run(tmp_path / name, control, seed=seed)
     a_run(tmp_path / "progressive_shift")
     a_run(tmp_path / "progressive_shift-seed1", seed=1)
-    for folder in ("measured", "magnitude"):
+    for folder in ("measured", "cuts"):
         (tmp_path / folder).mkdir()
     a_measurement(tmp_path / "measured" / "progressive_shift", str(tmp_path / "progressive_shift"), 22, 0.7)
-    point = {"quantile": 0.5, "sparsity": 0.5, "perplexity": 24.0}
-    (tmp_path / "magnitude" / "result.json").write_text(json.dumps({"points": [point]}))
+    point = {"cut": "50% of |x1| cut", "sparsity": 0.5, "perplexity": 24.0}
+    (tmp_path / "cuts" / "silu_continued.json").write_text(json.dumps({"model": "silu_continued", "points": [point]}))
     study.main("report", f"out={tmp_path}")
     results = json.loads((tmp_path / "results.json").read_text())
     rows = {(row["arm"], row["seed"], row["model"]): row for row in results["rows"]}
@@ -77,7 +106,8 @@ def test_arms_are_reported_as_multiples_of_the_matched_control(tmp_path):
     assert rows["progressive_shift", 0, "shifted"]["texts"] == {"code": 21, "wiki": 23}
     assert rows["progressive_shift", 1, "shifted"]["x_control"] is None  # another seed has no control of its own
     assert any("seed 1 and 0" in note for note in results["notes"])
-    assert results["magnitude"][0]["x_control"] == 1.5
+    assert results["cuts"][0]["x_control"] == 1.5 and results["cuts"][0]["arm"] == "silu_continued"
+    assert rows["progressive_shift", 0, "shifted"]["x_relu_only"] == 22 / rows["relu_only", 0, "trained"]["perplexity"]
     page = (tmp_path / "results.md").read_text()
     assert "| relu_only | trained | 0 | 12,288 |" in page and "| drelu | not measured |" in page
     assert page == study.table(results) and (tmp_path / "frontier.png").stat().st_size > 0
