@@ -38,6 +38,7 @@ STAGES = ("substitution", "rise", "hold")
 NO_SHIFT = "shift@recipe.shift=none"
 DRELU = "activation@recipe.activation=drelu"
 NEURON = "recipe.shift.granularity=neuron"
+LOWER = [f"recipe.stages.{stage}.l1.factor=2" for stage in STAGES[1:]]  # a quarter of the study's λ
 RECOVER = "RECOVER"
 GRID = (0.3, 0.5, 0.7, 0.8, 0.89)  # sparsities of the arm without training
 THRESHOLDS = (0.05, 0.1, 0.2, 0.4, 0.8)  # on the gates of the trained models
@@ -51,6 +52,8 @@ BASE = "progressive_shift"
 FORKS = {
     "relu_only": "substitution",
     "constant_l1": "substitution",
+    "progressive_shift_l1_2": "substitution",
+    "constant_l1_2": "substitution",
     "progressive_shift_neuron": "hold",
     "target_89": "substitution",
 }
@@ -62,6 +65,8 @@ ARMS = {
     "relu_only": ["recipe.control=relu_only"],
     BASE: ["save.keep_stages=true"],
     "constant_l1": ["recipe.control=constant_l1"],
+    "progressive_shift_l1_2": LOWER,
+    "constant_l1_2": ["recipe.control=constant_l1", *LOWER],
     "progressive_shift_neuron": [NEURON],
     "progressive_shift_recover": [RECOVER],
     "progressive_shift_neuron_recover": [NEURON, RECOVER],
@@ -117,8 +122,9 @@ def begun_from(out: Path, arm: str, seed: int) -> list[str]:
 
 
 def verb(name: str, *overrides: str) -> None:
-    """Run `prosparse NAME ...` in a process of its own."""
-    done = subprocess.run([sys.executable, "-m", "prosparse.cli", name, *overrides], cwd=ROOT)
+    """Run `prosparse NAME ...` in a process of its own; its JSON, which is in its files too, is not shown."""
+    called = [sys.executable, "-m", "prosparse.cli", name, *overrides]
+    done = subprocess.run(called, cwd=ROOT, stdout=subprocess.DEVNULL)
     if done.returncode:
         sys.exit(done.returncode)
 
@@ -214,7 +220,7 @@ def magnitude(out: Path, name: str, scale: str, corpus: str, given: list[str]) -
 
     with torch.no_grad():
         run_passes(opened.model, opened.train, spread(len(opened.train), 8), 8, quantiles)
-    named = ({"cut": f"{level:.2%} of |x1| cut"} for level in (0.0, *levels))
+    named = ({"cut": f"{level:.2%} of x1 cut"} for level in (0.0, *levels))
     opened.points(zip(named, [None, *thresholds], strict=True), out / "cuts" / f"{name}.json")
 
 
@@ -289,7 +295,7 @@ def collect(out: Path) -> dict:
             both = (row["arm"], row["seed"]) in matched, matched.get((control, row["seed"]))
             row[key] = row["perplexity"] / both[1] if all(both) else None
     conditions = {key: first[key] for key in ("text", "device", "dtype", "versions", "rows_digest")}
-    conditions |= {"tokens": rows[0]["tokens"]}
+    conditions |= {"tokens": rows[0]["tokens"], "text": first["text"].replace(f"{out.parent}/", "")}
     return {"conditions": conditions, "rows": rows, "cuts": cuts, "notes": told["table_notes"]}
 
 
@@ -330,12 +336,16 @@ def frontier(results: dict, path: Path) -> None:
             if found:
                 axes.plot(x, y, label=f"{arm}, {model}", color=color, marker=mark, ls="none", mfc=filled)
         for seed in sorted({row["seed"] for row in of("cuts", arm)}):
-            both = of("cuts", arm) + [row for row in of("rows", arm) if row["model"] == "trained"]
-            found = sorted((row for row in both if row["seed"] == seed), key=lambda row: row["sparsity"])
-            how = "smallest |x1| cut" if arm == "silu_continued" else "thresholds alone"
+            both = [row for row in of("rows", arm) if row["model"] == "trained"] + of("cuts", arm)
+            found = [row for row in both if row["seed"] == seed]
+            how = "smallest x1 cut" if arm == "silu_continued" else "thresholds alone"
             x, y = ([100 * r["sparsity"] for r in found], [r["x_control"] for r in found])
             axes.plot(x, y, ".-", color=color, lw=1, ms=4, label=f"{arm}, {how}")
     axes.set(xlabel="sparsity (%)", ylabel="perplexity / that of SiLU continued (log scale)", yscale="log")
+    known = [row["x_control"] for row in results["rows"] if row["x_control"] is not None]
+    axes.set_yticks(ticks := (1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30), [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_ylim(0.9, 2 * max(known, default=1.0))  # some cuts leave nothing of a model
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)

@@ -96,7 +96,7 @@ def test_arms_are_reported_as_multiples_of_the_matched_control(tmp_path):
     for folder in ("measured", "cuts"):
         (tmp_path / folder).mkdir()
     a_measurement(tmp_path / "measured" / "progressive_shift", str(tmp_path / "progressive_shift"), 22, 0.7)
-    point = {"cut": "50% of |x1| cut", "sparsity": 0.5, "perplexity": 24.0}
+    point = {"cut": "50% of x1 cut", "sparsity": 0.5, "perplexity": 24.0}
     (tmp_path / "cuts" / "silu_continued.json").write_text(json.dumps({"model": "silu_continued", "points": [point]}))
     study.main("report", f"out={tmp_path}")
     results = json.loads((tmp_path / "results.json").read_text())
