@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from prosparse import load_model, load_tokenizer
 from prosparse.checkpoint import find_stage
 from prosparse.cli import compose
+from prosparse.config import Dtype
 from prosparse.data import Batch
 from prosparse.ffn import activation_of, substitute
 from prosparse.penalty import new_statistics, sparsity_by_layer, tally_kept
@@ -111,9 +112,15 @@ def folder_of(arm: str, seed: int) -> str:
     return arm if seed == 0 else f"{arm}-seed{seed}"
 
 
-def begun_from(out: Path, arm: str, seed: int) -> list[str]:
-    """The fork with which an arm begins, if it has one and that checkpoint is there."""
+def begun_from(out: Path, arm: str, seed: int, given: list[str]) -> list[str]:
+    """The fork with which an arm begins, if it has one, that checkpoint is there and no recipe was given.
+
+    An arm that has checkpoints of its own goes on from them, however it began.
+    """
     base = out / folder_of(BASE, seed)
+    own = any((out / folder_of(arm, seed) / "checkpoints").glob("step-*"))
+    if own or any("recipe" in override.split("=")[0] for override in given):
+        return []
     try:
         find_stage(base, FORKS[arm])
     except (KeyError, ValueError):
@@ -141,7 +148,11 @@ def run(arm: str, out: Path, scale: str, seed: int, corpus: str, wikitext: str |
     folder, devices = out / name, [o for o in given if o.startswith(("threads=", "device="))]
     text = [f"data.sources.files.path={corpus}", f"data.cache={out / 'cache'}"]
     if not (folder / "report" / "report.json").exists():
-        verb("train", *overrides(arm, scale, seed), f"run_dir={folder}", *begun_from(out, arm, seed), *text, *given)
+        for kind in ("measured", "tasks"):  # of a run that was removed
+            shutil.rmtree(out / kind / name, ignore_errors=True)
+        (out / "cuts" / f"{name}.json").unlink(missing_ok=True)
+        begun = begun_from(out, arm, seed, given)
+        verb("train", *overrides(arm, scale, seed), f"run_dir={folder}", *begun, *text, *given)
     if arm != BASE:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # 3 to 5 GB an arm; the model is in RUN/model
     hub = dict(o.removeprefix(FILES).split("=", 1) for o in given if o.startswith(FILES))
@@ -171,7 +182,8 @@ class Opened:
         config = compose("train", [*overrides("silu_continued", scale), f"run_dir={out / name}", *text, *given])
         torch.set_num_threads(config.threads or torch.get_num_threads())
         device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-        self.model = load_model(str(out / name / "model"), dtype=torch.bfloat16, device=torch.device(device))
+        dtype = torch.float32 if config.dtype is Dtype.fp32 else torch.bfloat16
+        self.model = load_model(str(out / name / "model"), dtype=dtype, device=torch.device(device))
         self.layers, self.batch = self.model.config.num_hidden_layers, config.micro_batch
         context = config.recipe.batch.context
         rows = prepare(config.data, load_tokenizer(str(out / name / "model")), [context])[context]
@@ -194,14 +206,20 @@ class Opened:
         sparsity = sum(sparsity_by_layer(statistics)) / self.layers
         return {"tokens": int(totals[1]), "sparsity": sparsity, "perplexity": math.exp(totals[0] / totals[1])}
 
-    def points(self, levels: Iterable[tuple[dict, torch.Tensor | None]], file: Path) -> None:
+    def points(self, levels: Iterable[tuple[str, torch.Tensor | None]], file: Path) -> None:
         """A point for each (what it is called, cut), told and written to `file`."""
         found = []
         for called, cut in levels:
-            found.append(called | self.point(cut))
+            found.append({"cut": called} | self.point(cut))
             print(f"{self.told['model']:<20} {found[-1]}", flush=True)
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(self.told | {"points": found}, indent=1) + "\n")
+
+
+def cuts_of(out: Path, name: str) -> list[dict]:
+    """The points that have been measured of a run."""
+    file = out / "cuts" / f"{name}.json"
+    return json.loads(file.read_text())["points"] if file.is_file() else []
 
 
 def magnitude(out: Path, name: str, scale: str, corpus: str, given: list[str]) -> None:
@@ -210,8 +228,11 @@ def magnitude(out: Path, name: str, scale: str, corpus: str, given: list[str]) -
     A layer's threshold on |x1| is a quantile over 8 training rows, the same quantile in all layers. Sparsities: a grid,
     and those of the arms that have been trained. Writes OUT/cuts/NAME.json; measured on the runs' held-out rows.
     """
-    opened = Opened(out, name, scale, corpus, given)
     levels = sorted({*GRID, *(round(share, 4) for share in sparsities(out) if share > 0.01)})
+    called = [f"x1 quantile {level:.4g}" for level in (0.0, *levels)]
+    if called == [point["cut"] for point in cuts_of(out, name)]:
+        return
+    opened = Opened(out, name, scale, corpus, given)
     thresholds = torch.zeros(len(levels), opened.layers)
 
     def quantiles(layer: int, x1: torch.Tensor, data: Batch | None) -> None:
@@ -220,8 +241,7 @@ def magnitude(out: Path, name: str, scale: str, corpus: str, given: list[str]) -
 
     with torch.no_grad():
         run_passes(opened.model, opened.train, spread(len(opened.train), 8), 8, quantiles)
-    named = ({"cut": f"{level:.2%} of x1 cut"} for level in (0.0, *levels))
-    opened.points(zip(named, [None, *thresholds], strict=True), out / "cuts" / f"{name}.json")
+    opened.points(zip(called, [None, *thresholds], strict=True), out / "cuts" / f"{name}.json")
 
 
 def thresholds(out: Path, name: str, scale: str, corpus: str, given: list[str]) -> None:
@@ -229,9 +249,11 @@ def thresholds(out: Path, name: str, scale: str, corpus: str, given: list[str]) 
 
     Writes OUT/cuts/NAME.json; measured on the runs' held-out rows.
     """
+    if cuts_of(out, name):
+        return
     opened = Opened(out, name, scale, corpus, given)
     own = "drelu" if activation_of(opened.model)[0] == "drelu" else "fatrelu"
-    cuts = (({"cut": f"threshold {substitute(opened.model, own, value).param:.4g}"}, None) for value in THRESHOLDS)
+    cuts = ((f"threshold {substitute(opened.model, own, value).param:.4g}", None) for value in THRESHOLDS)
     opened.points(cuts, out / "cuts" / f"{name}.json")
 
 
@@ -282,13 +304,11 @@ def collect(out: Path) -> dict:
         if complete(out / "tasks" / name):
             tasks = json.loads((out / "tasks" / name / "result.json").read_text())["tasks"]
             row["tasks"] = {task: next(iter(tasks[task]["metrics"].values())) for task in tasks}
-    cuts = []
-    for file in sorted(out.glob("cuts/*.json")):
-        cut = json.loads(file.read_text())
-        if cut["model"] in runs:
-            arm, seed = runs[cut["model"]]
-            cuts += [{"arm": arm, "seed": seed, "tokens_trained": rows[0]["tokens_trained"]} | p for p in cut["points"]]
     first_of = {(row["arm"], row["seed"]): row for row in reversed(rows)}
+    cuts = []
+    for name, (arm, seed) in runs.items():
+        shared = {"arm": arm, "seed": seed, "tokens_trained": first_of[arm, seed]["tokens_trained"]}
+        cuts += [shared | point for point in cuts_of(out, name)]
     matched = {key: row["perplexity"] for key, row in first_of.items() if row["x_control"] is not None}
     for row in rows + cuts:
         for key, control in (("x_control", "silu_continued"), ("x_relu_only", "relu_only")):
@@ -338,10 +358,14 @@ def frontier(results: dict, path: Path) -> None:
         for seed in sorted({row["seed"] for row in of("cuts", arm)}):
             both = [row for row in of("rows", arm) if row["model"] == "trained"] + of("cuts", arm)
             found = [row for row in both if row["seed"] == seed]
-            how = "smallest x1 cut" if arm == "silu_continued" else "thresholds alone"
+            how = "smallest x1 cut" if arm == "silu_continued" else "further thresholds"
             x, y = ([100 * r["sparsity"] for r in found], [r["x_control"] for r in found])
             axes.plot(x, y, ".-", color=color, lw=1, ms=4, label=f"{arm}, {how}")
-    axes.set(xlabel="sparsity (%)", ylabel="perplexity / that of SiLU continued (log scale)", yscale="log")
+    axes.set(
+        xlabel="sparsity (%): zeros of the gate; gray: of x1",
+        ylabel="perplexity / that of SiLU continued (log scale)",
+        yscale="log",
+    )
     known = [row["x_control"] for row in results["rows"] if row["x_control"] is not None]
     axes.set_yticks(ticks := (1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30), [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
@@ -383,8 +407,7 @@ def main(*arguments: str) -> None:
             run(arm, out, scale, int(options["seed"]), corpus, path(options["wikitext"]) or None, given)
             continue
         for name, (trained, _) in names(out).items():
-            dense, done = trained == "silu_continued", (out / "cuts" / f"{name}.json").is_file()
-            if not done and dense == (arm == "magnitude") and NEURON not in ARMS[trained]:  # those are in the weights
+            if (trained == "silu_continued") == (arm == "magnitude") and NEURON not in ARMS[trained]:  # in the weights
                 CUTS[arm](out, name, scale, corpus, given)
 
 

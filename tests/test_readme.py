@@ -46,8 +46,11 @@ def test_every_command_composes(command):
     "command", [c for _, how, text in BLOCKS if how == "own-job" for c in commands(text)], ids=" ".join
 )
 def test_every_script_exists_and_parses(command):
-    assert command[0] in ("bash", "sbatch")
-    subprocess.run(["bash", "-n", ROOT / command[1]], check=True)
+    assert command[0] in ("bash", "sbatch", "python")
+    if command[0] == "python":
+        compile((ROOT / command[1]).read_text(), command[1], "exec")
+    else:
+        subprocess.run(["bash", "-n", ROOT / command[1]], check=True)
 
 
 @pytest.mark.parametrize(

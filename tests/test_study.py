@@ -32,13 +32,18 @@ def test_arms_of_a_scale_have_the_same_tokens_rows_and_learning_rate(scale):
 @pytest.mark.parametrize("arm", study.FORKS)
 def test_an_arm_begins_from_the_run_that_it_is_up_to_a_stage_if_its_checkpoint_is_there(tmp_path, arm):
     stage = study.FORKS[arm]
-    assert study.begun_from(tmp_path, arm, 1) == []
+    assert study.begun_from(tmp_path, arm, 1, []) == []
     kept = tmp_path / f"{study.BASE}-seed1" / "checkpoints" / "step-00000050"
     kept.mkdir(parents=True)
     manifest = {"format": checkpoint.FORMAT, "stage_end": stage}
     (kept / "manifest.json").write_text(json.dumps(manifest | {"xxh3_128": checkpoint._digest_of(manifest)}))
-    assert study.begun_from(tmp_path, arm, 1) == [f"fork={tmp_path / study.BASE}-seed1@{stage}"]
-    assert study.begun_from(tmp_path, arm, 0) == study.begun_from(tmp_path, study.BASE, 1) == []
+    assert study.begun_from(tmp_path, arm, 1, []) == [f"fork={tmp_path / study.BASE}-seed1@{stage}"]
+    assert study.begun_from(tmp_path, arm, 0, []) == study.begun_from(tmp_path, study.BASE, 1, []) == []
+    assert study.begun_from(tmp_path, arm, 1, ["threads=1", "recipe.lr.peak=1e-4"]) == []
+
+    own = tmp_path / f"{arm}-seed1" / "checkpoints" / "step-00000025"  # it has begun otherwise, and goes on
+    own.mkdir(parents=True)
+    assert study.begun_from(tmp_path, arm, 1, []) == []
 
     def lived_through(arm):
         recipe = compose("train", [*study.overrides(arm), "run_dir=x", "data.sources.files.path=y"]).recipe
@@ -96,7 +101,7 @@ def test_arms_are_reported_as_multiples_of_the_matched_control(tmp_path):
     for folder in ("measured", "cuts"):
         (tmp_path / folder).mkdir()
     a_measurement(tmp_path / "measured" / "progressive_shift", str(tmp_path / "progressive_shift"), 22, 0.7)
-    point = {"cut": "50% of x1 cut", "sparsity": 0.5, "perplexity": 24.0}
+    point = {"cut": "x1 quantile 0.5", "sparsity": 0.5, "perplexity": 24.0}
     (tmp_path / "cuts" / "silu_continued.json").write_text(json.dumps({"model": "silu_continued", "points": [point]}))
     study.main("report", f"out={tmp_path}")
     results = json.loads((tmp_path / "results.json").read_text())
