@@ -301,8 +301,9 @@ def deepspeed_config(config: Train, world: int) -> dict:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or on a CPU."""
-    cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    """Whether an allocation failed, on a GPU or on a CPU: torch's own, or one inside oneDNN, which says no more."""
+    told = ("DefaultCPUAllocator", "could not create a primitive")
+    cpu = isinstance(error, RuntimeError) and any(words in str(error) for words in told)
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or cpu
 
 
