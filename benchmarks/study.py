@@ -16,7 +16,8 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,12 +28,12 @@ from prosparse.checkpoint import find_stage
 from prosparse.cli import compose
 from prosparse.config import Dtype
 from prosparse.data import Batch
-from prosparse.ffn import activation_of, substitute
+from prosparse.ffn import activation_of, round_bf16, substitute
 from prosparse.penalty import new_statistics, sparsity_by_layer, tally_kept
 from prosparse.plotting import GRAY, SERIES
 from prosparse.preparation import prepare
-from prosparse.sparsity import run_passes, spread
-from prosparse.telemetry import device_name
+from prosparse.sparsity import measure, run_passes, spread
+from prosparse.telemetry import device_name, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("substitution", "rise", "hold")
@@ -189,36 +190,41 @@ class Opened:
         rows = prepare(config.data, load_tokenizer(str(out / name / "model")), [context])[context]
         self.train, self.held_out = rows.train["files"], rows.held_out
         self.measured = spread(len(rows.held_out), config.evaluate.rows)
-        self.told = {"model": name, "device": device_name(self.model.device, 1)}
+        self.device = device_name(self.model.device, 1)
 
     @torch.no_grad()
-    def point(self, cut: torch.Tensor | None = None) -> dict:
-        """Tokens, sparsity and perplexity on the held-out rows; `cut` [layers]: what of |x1| is smaller becomes 0."""
+    def cut(self, thresholds: torch.Tensor) -> tuple[int, float, float]:
+        """(tokens, sparsity, perplexity) held out; |x1| below its layer's one of `thresholds` [layers] becomes 0."""
         statistics = new_statistics(self.layers, self.model.device)
 
         def keep(layer: int, x1: torch.Tensor, data: Batch) -> torch.Tensor:
-            if cut is not None:
-                x1 = torch.where(x1.float().abs() >= cut[layer].to(x1.device), x1, 0.0)
+            x1 = torch.where(x1.float().abs() >= thresholds[layer].to(x1.device), x1, 0.0)
             tally_kept(statistics[layer], x1, data.token_mask)
             return x1
 
         totals = run_passes(self.model, self.held_out, self.measured, self.batch, keep).tolist()
-        sparsity = sum(sparsity_by_layer(statistics)) / self.layers
-        return {"tokens": int(totals[1]), "sparsity": sparsity, "perplexity": math.exp(totals[0] / totals[1])}
+        return int(totals[1]), sum(sparsity_by_layer(statistics)) / self.layers, math.exp(totals[0] / totals[1])
 
-    def points(self, levels: Iterable[tuple[str, torch.Tensor | None]], file: Path) -> None:
-        """A point for each (what it is called, cut), told and written to `file`."""
-        found = []
-        for called, cut in levels:
-            found.append({"cut": called} | self.point(cut))
-            print(f"{self.told['model']:<20} {found[-1]}", flush=True)
+    def shift(self, threshold: float) -> tuple[int, float, float]:
+        """(tokens, sparsity, perplexity) held out, with this threshold on all gates."""
+        substitute(self.model, "drelu" if activation_of(self.model)[0] == "drelu" else "fatrelu", threshold)
+        told = measure(self.model, self.held_out, batch=self.batch, indices=self.measured)
+        return told.tokens, told.sparsity, told.perplexity
+
+    def points(self, wanted: dict[str, Callable[[], tuple[int, float, float]]], file: Path) -> None:
+        """What is `wanted`, by what it is called; written after each, and what is in `file` is not done again."""
+        found = {point["cut"]: point for point in cuts_of(file)}
         file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(self.told | {"points": found}, indent=1) + "\n")
+        for called, find in wanted.items():
+            if called not in found:
+                found[called] = dict(zip(("cut", "tokens", "sparsity", "perplexity"), (called, *find()), strict=True))
+                print(f"{file.stem:<20} {found[called]}", flush=True)
+            done = [found[name] for name in wanted if name in found]
+            write_atomically(file, json.dumps({"device": self.device, "points": done}, indent=1) + "\n")
 
 
-def cuts_of(out: Path, name: str) -> list[dict]:
+def cuts_of(file: Path) -> list[dict]:
     """The points that have been measured of a run."""
-    file = out / "cuts" / f"{name}.json"
     return json.loads(file.read_text())["points"] if file.is_file() else []
 
 
@@ -228,20 +234,21 @@ def magnitude(out: Path, name: str, scale: str, corpus: str, given: list[str]) -
     A layer's threshold on |x1| is a quantile over 8 training rows, the same quantile in all layers. Sparsities: a grid,
     and those of the arms that have been trained. Writes OUT/cuts/NAME.json; measured on the runs' held-out rows.
     """
-    levels = sorted({*GRID, *(round(share, 4) for share in sparsities(out) if share > 0.01)})
-    called = [f"x1 quantile {level:.4g}" for level in (0.0, *levels)]
-    if called == [point["cut"] for point in cuts_of(out, name)]:
+    levels = [0.0, *sorted({*GRID, *(round(share, 4) for share in sparsities(out) if share > 0.01)})]
+    called = [f"x1 quantile {level:.4g}" for level in levels]
+    file = out / "cuts" / f"{name}.json"
+    if called == [point["cut"] for point in cuts_of(file)]:
         return
     opened = Opened(out, name, scale, corpus, given)
-    thresholds = torch.zeros(len(levels), opened.layers)
+    cuts = torch.zeros(len(levels), opened.layers)
 
     def quantiles(layer: int, x1: torch.Tensor, data: Batch | None) -> None:
         size = x1.float().abs().flatten().sort().values.cpu()
-        thresholds[:, layer] = size[[min(len(size) - 1, round(level * len(size))) for level in levels]]
+        cuts[:, layer] = size[[min(len(size) - 1, round(level * len(size))) for level in levels]]
 
     with torch.no_grad():
         run_passes(opened.model, opened.train, spread(len(opened.train), 8), 8, quantiles)
-    opened.points(zip(called, [None, *thresholds], strict=True), out / "cuts" / f"{name}.json")
+    opened.points({each: partial(opened.cut, cut) for each, cut in zip(called, cuts, strict=True)}, file)
 
 
 def thresholds(out: Path, name: str, scale: str, corpus: str, given: list[str]) -> None:
@@ -249,12 +256,10 @@ def thresholds(out: Path, name: str, scale: str, corpus: str, given: list[str]) 
 
     Writes OUT/cuts/NAME.json; measured on the runs' held-out rows.
     """
-    if cuts_of(out, name):
-        return
-    opened = Opened(out, name, scale, corpus, given)
-    own = "drelu" if activation_of(opened.model)[0] == "drelu" else "fatrelu"
-    cuts = ((f"threshold {substitute(opened.model, own, value).param:.4g}", None) for value in THRESHOLDS)
-    opened.points(cuts, out / "cuts" / f"{name}.json")
+    called, file = [f"threshold {round_bf16(value):.4g}" for value in THRESHOLDS], out / "cuts" / f"{name}.json"
+    if called != [point["cut"] for point in cuts_of(file)]:
+        opened = Opened(out, name, scale, corpus, given)
+        opened.points({each: partial(opened.shift, t) for each, t in zip(called, THRESHOLDS, strict=True)}, file)
 
 
 # --- what the arms say -----------------------------------------------------------------------------------------------
@@ -308,7 +313,7 @@ def collect(out: Path) -> dict:
     cuts = []
     for name, (arm, seed) in runs.items():
         shared = {"arm": arm, "seed": seed, "tokens_trained": first_of[arm, seed]["tokens_trained"]}
-        cuts += [shared | point for point in cuts_of(out, name)]
+        cuts += [shared | point for point in cuts_of(out / "cuts" / f"{name}.json")]
     matched = {key: row["perplexity"] for key, row in first_of.items() if row["x_control"] is not None}
     for row in rows + cuts:
         for key, control in (("x_control", "silu_continued"), ("x_relu_only", "relu_only")):
@@ -407,8 +412,8 @@ def main(*arguments: str) -> None:
             run(arm, out, scale, int(options["seed"]), corpus, path(options["wikitext"]) or None, given)
             continue
         for name, (trained, _) in names(out).items():
-            if (trained == "silu_continued") == (arm == "magnitude") and NEURON not in ARMS[trained]:  # in the weights
-                CUTS[arm](out, name, scale, corpus, given)
+            if arm == ("magnitude" if trained == "silu_continued" else "thresholds") and NEURON not in ARMS[trained]:
+                CUTS[arm](out, name, scale, corpus, given)  # thresholds by neuron are folded into the weights
 
 
 if __name__ == "__main__":

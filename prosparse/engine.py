@@ -300,10 +300,12 @@ def deepspeed_config(config: Train, world: int) -> dict:
     }
 
 
+ONEDNN = "could not create a primitive"  # all that it says when memory ends; it may mean something else
+
+
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or on a CPU: torch's own, or one inside oneDNN, which says no more."""
-    told = ("DefaultCPUAllocator", "could not create a primitive")
-    cpu = isinstance(error, RuntimeError) and any(words in str(error) for words in told)
+    """Whether an allocation failed, on a GPU or on a CPU: torch's own, or one inside oneDNN."""
+    cpu = isinstance(error, RuntimeError) and any(words in str(error) for words in ("DefaultCPUAllocator", ONEDNN))
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or cpu
 
 

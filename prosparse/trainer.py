@@ -18,7 +18,7 @@ from prosparse.allocation import save_thresholds
 from prosparse.config import OnSpike, Preflight, Train
 from prosparse.data import batch
 from prosparse.ending import end_training, evaluate, finish
-from prosparse.engine import accumulate, diagnose, less_memory, out_of_memory, set_rate
+from prosparse.engine import ONEDNN, accumulate, diagnose, less_memory, out_of_memory, set_rate
 from prosparse.ffn import activation_of, neurons, substitute
 from prosparse.group import from_rank_zero, on_any_rank, patience, rank_and_world, shared, waiting
 from prosparse.offload import swap_folder
@@ -68,7 +68,8 @@ def train(config: Train) -> dict:
             raise
         (rank, world), told = rank_and_world(), getattr(error, "shared", False)
         where = "a rank" if told else f"rank {rank}"
-        mended = ValueError(f"{where} ran out of memory: {less_memory(config, world)}")
+        said = f" (oneDNN: {ONEDNN})" if ONEDNN in str(error) else ""
+        mended = ValueError(f"{where} ran out of memory{said}: {less_memory(config, world)}")
         raise (shared(mended) if told else mended) from error
 
 

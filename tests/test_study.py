@@ -88,6 +88,11 @@ def test_an_arm_is_trained_measured_and_asked_once_and_cut_without_training(tiny
         (run.folder / "model" / "config.json").read_text().replace('"silu"', '"relu"')
     )
     study.main(*asked, "arm=thresholds")
+    file = out / "cuts" / "relu_only.json"
+    whole = file.read_bytes()
+    file.write_text(json.dumps({"points": json.loads(whole)["points"][:2]}))  # stopped in between
+    study.main(*asked, "arm=thresholds")
+    assert file.read_bytes() == whole
     cut = json.loads((out / "cuts" / "relu_only.json").read_text())["points"]
     assert [point["cut"] for point in cut[:2]] == ["threshold 0.05005", "threshold 0.1001"]
     assert 0.2 < cut[0]["sparsity"] < cut[1]["sparsity"] < cut[-1]["sparsity"]
@@ -102,7 +107,7 @@ def test_arms_are_reported_as_multiples_of_the_matched_control(tmp_path):
         (tmp_path / folder).mkdir()
     a_measurement(tmp_path / "measured" / "progressive_shift", str(tmp_path / "progressive_shift"), 22, 0.7)
     point = {"cut": "x1 quantile 0.5", "sparsity": 0.5, "perplexity": 24.0}
-    (tmp_path / "cuts" / "silu_continued.json").write_text(json.dumps({"model": "silu_continued", "points": [point]}))
+    (tmp_path / "cuts" / "silu_continued.json").write_text(json.dumps({"points": [point]}))
     study.main("report", f"out={tmp_path}")
     results = json.loads((tmp_path / "results.json").read_text())
     rows = {(row["arm"], row["seed"], row["model"]): row for row in results["rows"]}
