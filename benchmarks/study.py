@@ -1,14 +1,15 @@
 """The matched-token study (docs/results.md): the same rows in the same order for every arm, one thing changed in each.
 
     python benchmarks/study.py out=DIR corpus=PATH [arm=NAME,...] [scale=cpu] [seed=0] [wikitext=PATH] [OVERRIDE ...]
-    python benchmarks/study.py report out=DIR
+    python benchmarks/study.py report out=DIR [earlier=FILE]
 
 In: a corpus (benchmarks/corpus.py's corpus.jsonl, or hub://NAME), and optionally WikiText-2's validation text. The
 first form trains the arms one after the other (without arm=: all), measures each on held-out text and asks it
 tests/tasks; arm=magnitude,thresholds cuts the arms that have ended further without training. What is done is not done
 again, and what was stopped goes on. Out, for ARM or ARM-seedN: DIR/ARM (a run folder), DIR/measured/ARM, DIR/tasks/ARM,
 DIR/cuts/ARM.json; of `report`: DIR/report (that of `prosparse report`), DIR/results.json, DIR/results.md,
-DIR/frontier.png.
+DIR/frontier.png. earlier=FILE, another results.json (benchmarks/study_cpu.json is one), adds the arms that only it has
+and tells whether those that both have gave the same numbers.
 """
 
 import json
@@ -16,7 +17,7 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +46,7 @@ RECOVER = "RECOVER"
 GRID = (0.3, 0.5, 0.7, 0.8, 0.89)  # sparsities of the arm without training
 THRESHOLDS = (0.05, 0.1, 0.2, 0.4, 0.8)  # on the gates of the trained models
 KEYS = ("model", "sparsity", "perplexity", "x_control", "tokens", "tokens_trained", "steps", "activation")
+SAME = ("rows_digest", "tokens", "dtype", "device")  # conditions of results that may stand in one table
 TRAINED = ("trained", "shifted", "recovered")
 TASKS = ("opposites", "series")
 FILES = "data.sources.files."  # of a Hub corpus: config, split, column
@@ -314,14 +316,56 @@ def collect(out: Path) -> dict:
     for name, (arm, seed) in runs.items():
         shared = {"arm": arm, "seed": seed, "tokens_trained": first_of[arm, seed]["tokens_trained"]}
         cuts += [shared | point for point in cuts_of(out / "cuts" / f"{name}.json")]
-    matched = {key: row["perplexity"] for key, row in first_of.items() if row["x_control"] is not None}
-    for row in rows + cuts:
-        for key, control in (("x_control", "silu_continued"), ("x_relu_only", "relu_only")):
-            both = (row["arm"], row["seed"]) in matched, matched.get((control, row["seed"]))
-            row[key] = row["perplexity"] / both[1] if all(both) else None
     conditions = {key: first[key] for key in ("text", "device", "dtype", "versions", "rows_digest")}
     conditions |= {"tokens": rows[0]["tokens"], "text": first["text"].replace(f"{out.parent}/", "")}
-    return {"conditions": conditions, "rows": rows, "cuts": cuts, "notes": told["table_notes"]}
+    results = {"conditions": conditions, "rows": rows, "cuts": cuts, "notes": told["table_notes"]}
+    set_multiples(results, [key for key, row in first_of.items() if row["x_control"] is not None])
+    return results
+
+
+def set_multiples(results: dict, matched: Iterable[tuple[str, int]]) -> None:
+    """Perplexities of the `matched` (arm, seed) by those of SiLU continued and of ReLU only; None where one misses."""
+    first_of = {(row["arm"], row["seed"]): row["perplexity"] for row in reversed(results["rows"])}
+    known = {each: first_of[each] for each in matched}
+    for row in results["rows"] + results["cuts"]:
+        for key, control in (("x_control", "silu_continued"), ("x_relu_only", "relu_only")):
+            both = (row["arm"], row["seed"]) in known, known.get((control, row["seed"]))
+            row[key] = row["perplexity"] / both[1] if all(both) else None
+
+
+def joined(results: dict, earlier: dict) -> dict:
+    """`results` and what only `earlier` ones have; notes say where both have an arm, and whether its numbers are equal.
+
+    Both must be of the same rows, held-out tokens, dtype and device (else ValueError names what differs). An arm whose
+    control is in the other file counts as matched if seed, steps and tokens are the same: its config is not compared.
+    """
+    for key in SAME:
+        ours, theirs = (told["conditions"][key] for told in (results, earlier))
+        if ours != theirs:
+            raise ValueError(f"earlier=: {key} {theirs} there, {ours} in out=: join results of the same conditions")
+    notes = [note for note in results["notes"] + earlier["notes"] if "no silu_continued" not in note]
+    model_of = lambda row: (row["arm"], row["seed"], row.get("model", row.get("cut")))  # noqa: E731
+    added = {}
+    for kind in ("rows", "cuts"):
+        known = {model_of(row): row for row in earlier[kind]}
+        for row in results[kind]:
+            before = known.pop(model_of(row), row)
+            if before is not row:
+                values = ((key, row.get(key), before.get(key)) for key in ("sparsity", "perplexity", "texts", "tasks"))
+                told = [f"{key} {now}, earlier {then}" for key, now, then in values if now != then]
+                notes.append(f"{' '.join(map(str, model_of(row)))}: {'; '.join(told) or 'the same numbers as earlier'}")
+        added[kind] = sorted([*results[kind], *known.values()], key=lambda row: list(ARMS).index(row["arm"]))
+    budget = {(row["arm"], row["seed"]): (row["steps"], row["tokens_trained"]) for row in added["rows"]}
+    matched = set()
+    for told in (results, earlier):
+        controls = {row["seed"] for row in told["rows"] if row["arm"] == "silu_continued"}
+        for arm, seed, known in ((row["arm"], row["seed"], row["x_control"]) for row in told["rows"]):
+            alike = seed not in controls and budget[arm, seed] == budget.get(("silu_continued", seed))
+            matched |= {(arm, seed)} if known is not None or alike else set()
+    conditions = results["conditions"] | {"earlier": earlier["conditions"]["versions"]}
+    both = {"conditions": conditions, **added, "notes": notes}
+    set_multiples(both, matched)
+    return both
 
 
 def table(results: dict) -> str:
@@ -388,7 +432,7 @@ def main(*arguments: str) -> None:
     given = []
     for argument in arguments:
         key, _, value = argument.partition("=")
-        if key in (*options, "out", "corpus") and value:
+        if key in (*options, "out", "corpus", "earlier") and value:
             options[key] = value
         elif argument != "report":
             given.append(argument)
@@ -398,6 +442,8 @@ def main(*arguments: str) -> None:
     out = Path(options["out"]).resolve()
     if "report" in arguments:
         results = collect(out)
+        if "earlier" in options:
+            results = joined(results, json.loads(Path(options["earlier"]).read_text()))
         (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         (out / "results.md").write_text(table(results))
         frontier(results, out / "frontier.png")

@@ -122,6 +122,24 @@ def test_arms_are_reported_as_multiples_of_the_matched_control(tmp_path):
     assert "| relu_only | trained | 0 | 12,288 |" in page and "| drelu | not measured |" in page
     assert page == study.table(results) and (tmp_path / "frontier.png").stat().st_size > 0
 
+    # elsewhere one arm is repeated and another added: beside the earlier results
+    other = tmp_path / "other"
+    a_run(other / "relu_only", "relu_only")
+    a_run(other / "drelu")
+    a_run(other / "target_89", tokens=6144)  # on fewer tokens: not matched
+    study.main("report", f"out={other}", f"earlier={tmp_path / 'results.json'}")
+    both = json.loads((other / "results.json").read_text())
+    added = {(row["arm"], row["model"]): row for row in both["rows"] if row["seed"] == 0}
+    assert "relu_only 0 trained: the same numbers as earlier" in both["notes"] and both["cuts"] == results["cuts"]
+    assert [row for row in both["rows"] if row["arm"] not in ("drelu", "target_89")] == results["rows"]
+    assert added["drelu", "trained"]["x_control"] == 21 / 16 and added["target_89", "trained"]["x_control"] is None
+    assert "| drelu | trained | 0 | 12,288 |" in (other / "results.md").read_text()
+
+    earlier = results | {"rows": [row | {"perplexity": 99} for row in results["rows"] if row["arm"] == "relu_only"]}
+    assert any("perplexity 16.0, earlier 99" in note for note in study.joined(study.collect(other), earlier)["notes"])
+    with pytest.raises(ValueError, match="earlier=: dtype bf16 there, fp32 in out="):
+        study.joined(results | {"conditions": results["conditions"] | {"dtype": "fp32"}}, results)
+
 
 def test_pages_become_plain_text():
     assert corpus.text_of_html(PAGE) == "Pipes\n\nA pipe joins two programs.\n\nls |\n  wc\n\n- one\n\n- two & three\n"
