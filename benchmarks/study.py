@@ -428,22 +428,29 @@ CUTS = {"magnitude": magnitude, "thresholds": thresholds}  # what is done with t
 
 
 def main(*arguments: str) -> None:
+    report, arguments = "report" in arguments, [argument for argument in arguments if argument != "report"]
     options = {"scale": "cpu", "seed": "0", "arm": ",".join(dict.fromkeys([BASE, *ARMS, *CUTS])), "wikitext": ""}
+    read = ("out", "earlier") if report else (*options, "out", "corpus")
     given = []
     for argument in arguments:
         key, _, value = argument.partition("=")
-        if key in (*options, "out", "corpus", "earlier") and value:
+        if key in read and value:
             options[key] = value
-        elif argument != "report":
+        else:
             given.append(argument)
-    for key in ("out",) if "report" in arguments else ("out", "corpus"):
+    for key in ("out",) if report else ("out", "corpus"):
         if key not in options:
             raise ValueError(f"{key}= is missing\n{__doc__}")
     out = Path(options["out"]).resolve()
-    if "report" in arguments:
+    if report:
+        if given:
+            raise ValueError(f"report does not know {given[0]}: it reads {', '.join(f'{key}=' for key in read)}")
+        earlier = options.get("earlier")
+        if earlier and not Path(earlier).is_file():
+            raise ValueError(f"earlier={earlier}: no such file; give a results.json")
         results = collect(out)
-        if "earlier" in options:
-            results = joined(results, json.loads(Path(options["earlier"]).read_text()))
+        if earlier:
+            results = joined(results, json.loads(Path(earlier).read_text()))
         (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         (out / "results.md").write_text(table(results))
         frontier(results, out / "frontier.png")

@@ -58,9 +58,13 @@ def test_the_cpu_scale_has_a_million_tokens():
     assert schedule.total_tokens(config.recipe) == 1_024_000
 
 
-def test_an_unknown_arm_is_refused_with_the_names_of_the_others(tmp_path):
+def test_what_is_unknown_is_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(ValueError, match="arm=swish: give one of silu_continued, relu_only"):
         study.main(f"out={tmp_path}", "corpus=x", "arm=relu_only,swish")
+    with pytest.raises(ValueError, match="report does not know corpus=x: it reads out=, earlier="):
+        study.main("report", f"out={tmp_path}", "corpus=x")
+    with pytest.raises(ValueError, match=r"earlier=none\.json: no such file"):
+        study.main("report", f"out={tmp_path}", "earlier=none.json")
     assert not list(tmp_path.iterdir())
 
 
