@@ -14,8 +14,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from prosparse import schedule
-from prosparse.planning import GB, Choice, cluster, memory, meta_model, not_reckoned, seconds, sizes
+from prosparse.planning import GB, Choice, cluster, memory, not_reckoned, seconds
 from prosparse.records import Record, read_run
+from prosparse.sizes import meta_model, sizes
 from prosparse.verb_configs import GpuKind, Plan
 
 WARMING_UP = 2  # steps that are no measure of the time of one

@@ -15,11 +15,12 @@ from matplotlib.figure import Figure
 
 from prosparse import schedule
 from prosparse.checkpoint import checkpoints_kept
-from prosparse.config import Checkpointing, Dtype, FfnMemory, Loss, Model, Offload, Recipe, Train
+from prosparse.config import Checkpointing, Dtype, FfnMemory, Loss, Offload, Recipe, Train
 from prosparse.engine import BUCKET
 from prosparse.kernels.loss import CHUNK_BYTES
 from prosparse.offload import SUB_GROUP, swap_bytes
 from prosparse.plotting import GRAY, GREEN, frame, mark_stages
+from prosparse.sizes import Sizes, sizes
 from prosparse.telemetry import PEAK_FLOPS, duration
 from prosparse.verb_configs import GpuKind, Plan
 
@@ -61,34 +62,6 @@ GPUS = {
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """A decoder with gated FFNs, in numbers."""
-
-    hidden: int
-    neurons: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-    tied: bool  # output head and embedding
-    parameters: int
-
-    @property
-    def ffn_parameters(self) -> int:
-        return 3 * self.layers * self.hidden * self.neurons
-
-    @property
-    def kv_share(self) -> float:
-        """Width of the keys, of the hidden size."""
-        return self.kv_heads / self.heads
-
-    def flops(self, context: int) -> int:
-        """FLOPs that training takes a token, as `telemetry.training_flops`."""
-        embedding = 0 if self.tied else self.vocabulary * self.hidden
-        return 6 * (self.parameters - embedding) + 12 * self.layers * self.hidden * context
-
-
-@dataclass(frozen=True)
 class Choice:
     """What a user can choose without changing what is trained."""
 
@@ -99,37 +72,6 @@ class Choice:
     @property
     def overrides(self) -> str:
         return f"zero=zero{self.zero} micro_batch={self.micro_batch} checkpointing={self.checkpointing}"
-
-
-def sizes(model: Model) -> Sizes:
-    """From model.shape, else from the config that model.source has; ValueError for a model without gated FFNs."""
-    shape = model.shape
-    if None not in (values := asdict(shape)).values():
-        hidden, neurons, layers, heads, kv_heads, vocabulary, tied = values.values()  # in the order of Shape
-        layer = 2 * hidden * (hidden + hidden // heads * kv_heads) + 3 * hidden * neurons + 2 * hidden
-        parameters = vocabulary * hidden * (1 if tied else 2) + layers * layer + hidden
-        return Sizes(hidden, neurons, layers, heads, kv_heads, vocabulary, tied, parameters)
-    empty, text = meta_model(model)
-    from prosparse.ffn import FusedFFN, SeparateFFN, ffn_forms
-
-    if not set(ffn_forms(empty).values()) <= {SeparateFFN, FusedFFN} or not ffn_forms(empty):
-        raise ValueError(f"{model.source}: plan knows decoders whose layers have one gated FFN each, and no experts")
-    heads = text.num_attention_heads
-    counts = (text.hidden_size, text.intermediate_size, text.num_hidden_layers, heads)
-    rest = (getattr(text, "num_key_value_heads", None) or heads, text.vocab_size, bool(text.tie_word_embeddings))
-    return Sizes(*counts, *rest, sum(p.numel() for p in empty.parameters()))
-
-
-def meta_model(model: Model) -> tuple[Any, Any]:
-    """(the model of model.source without weights, its text config)"""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from prosparse.models.load import load_config
-
-    config = load_config(model.source, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config), config.get_text_config()
 
 
 def cluster(config: Plan) -> Gpu:
@@ -146,17 +88,18 @@ def cluster(config: Plan) -> Gpu:
 def activations(size: Sizes, ffn_tensors: int, how: Checkpointing) -> tuple[float, float]:
     """Bytes a token and layer that wait for backward, and bytes a token that the layer at work has beside them.
 
-    Without checkpointing: both norms' inputs and outputs, q, k, v, what attention gives with its normalizers, and two
-    (gate, up) or three (x1) tensors of the FFN.
+    Without checkpointing: both norms' inputs and outputs, q, k, v, what attention gives with its normalizers, q and k
+    before norms of their own, and two (gate, up) or three (x1) tensors of the FFN.
     """
-    hidden, neurons = BF16 * size.hidden, BF16 * size.neurons
-    keys, normalizers = 2 * hidden * size.kv_share, FP32 * (size.heads + 2)
-    whole = 6 * hidden + keys + normalizers + ffn_tensors * neurons
+    hidden, neurons, normalizers = BF16 * size.hidden, BF16 * size.neurons, FP32 * (size.heads + 2)
+    attention = 2 * BF16 * (size.queries + size.keys)  # q, k, v and the result
+    normed = (BF16 * (size.queries + size.keys) + FP32 * (size.heads + size.kv_heads)) * size.head_norms
+    whole = 4 * hidden + attention + normed + normalizers + ffn_tensors * neurons
     at_work = 3 * neurons + 4 * hidden  # gradients of x1, gate and up, and of the hidden states
     if how is Checkpointing.none:
         return whole, at_work
     if how is Checkpointing.selective:  # the layer's input, the results of matrix products and of attention
-        return 5 * hidden + keys + normalizers + 2 * neurons, at_work + 3 * hidden + neurons
+        return 3 * hidden + attention + normalizers + 2 * neurons, at_work + 3 * hidden + normed + neurons
     return hidden, at_work + whole
 
 
@@ -242,7 +185,7 @@ def seconds(size: Sizes, config: Plan, choice: Choice, step: int) -> tuple[float
     sharing = config.sequence_parallel
     times = schedule.accumulation(rows, choice.micro_batch, ranks // sharing)
     elements = {1: 3 * n, 2: (2 * times + 1) * n, 3: 3 * times * n}[choice.zero] * (ranks - 1) / ranks
-    exchanged = 2 * size.layers * size.hidden * (2 + 2 * size.kv_share) * rows * context / ranks
+    exchanged = 4 * size.layers * (size.queries + size.keys) * rows * context / ranks
     elements += exchanged * (sharing - 1) / sharing
     speed = gpu.link if config.nodes == 1 else min(gpu.link, config.network_gb_s * GB)
     return computing, BF16 * elements / (speed * config.link_share)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from prosparse import schedule
 from prosparse.config import Offload, Tracking, Train, Wandb
@@ -268,16 +268,24 @@ def mfu(model: PreTrainedModel, context: int, tokens_per_second: float, device: 
     return None if peak is None else training_flops(model, context) * tokens_per_second / peak
 
 
-def training_flops(model: PreTrainedModel, context: int) -> int:
-    """FLOPs that training takes a token: 6N + 12 · layers · hidden · context (PaLM, arXiv 2204.02311, appendix B).
+def training_flops(model: PreTrainedModel, context: int) -> float:
+    """FLOPs that training takes a token: 6N + 12 · layers · heads · width of one · context.
 
-    No causal halving; N without the embeddings unless they are tied, and of experts as many as a token visits.
+    PaLM, arXiv 2204.02311, appendix B. No causal halving; N without the embeddings unless they are tied, and of experts
+    as many as a token visits.
     """
     text = model.config.get_text_config()
     parameters = (
         _parameters(model) - _idle(model) - (0 if text.tie_word_embeddings else text.vocab_size * text.hidden_size)
     )
-    return 6 * parameters + 12 * text.num_hidden_layers * text.hidden_size * context
+    return 6 * parameters + 12 * text.num_hidden_layers * text.num_attention_heads * head_width(text) * context
+
+
+def head_width(text: PreTrainedConfig) -> float:
+    """Of one attention head; where keys and values differ, their mean."""
+    if getattr(text, "qk_head_dim", None):
+        return (text.qk_head_dim + text.v_head_dim) / 2
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def _parameters(model: PreTrainedModel) -> int:

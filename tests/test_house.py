@@ -16,7 +16,7 @@ FLOORS = [
     {"records", "card", "page", "plotting", "reporting"},
     {"exporters", "evaluation", "harness"},
     {"speed", "offload", "engine", "preflight"},
-    {"planning", "plan_check"},
+    {"planning", "plan_check", "sizes"},
     {"run", "tasks", "ending", "trainer", "benchmarking", "decoding_benchmark"},
     {"verbs"},
     {"cli"},

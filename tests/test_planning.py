@@ -6,13 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ROOT, metrics, prosparse, tiny_llama, tiny_overrides
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DeepseekV3Config, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from prosparse import planning
 from prosparse.cli import compose, main
 from prosparse.config import Checkpointing, Shape
-from prosparse.planning import Choice, memory, plan, sizes
-from prosparse.telemetry import training_flops
+from prosparse.planning import Choice, memory, plan
+from prosparse.sizes import meta_model, sizes
+from prosparse.telemetry import head_width, training_flops
 from runs import a_run
 
 MODELS = sorted(path.stem for path in (ROOT / "configs" / "model").glob("*.yaml") if path.stem != "hf")
@@ -44,7 +46,29 @@ def test_a_model_without_a_shape_is_counted_from_its_config_and_one_without_gate
         sizes(replace(own, source=str(tmp_path)))
 
 
-def test_activations_are_what_autograd_keeps():
+WIDE_HEADS = {"head_dim": 32, "hidden_size": 64, "intermediate_size": 256, "vocab_size": 300}  # 4 of 32 are not 64
+WIDE_HEADS |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+
+
+def test_heads_whose_widths_do_not_add_up_to_the_hidden_size_are_counted(tmp_path):
+    Qwen3Config(**WIDE_HEADS, num_hidden_layers=2).save_pretrained(tmp_path)
+    own = compose("plan", ["model=hf", f"model.source={tmp_path}", "gpus=1"]).model
+    size, (model, _) = sizes(own), meta_model(own)
+    assert (size.queries, size.keys, size.head_norms) == (128, 64, True)
+    assert size.flops(128) == training_flops(model, 128)
+    with FlopCounterMode(display=False) as counter:
+        ids, mask = torch.zeros(1, 128, dtype=torch.long, device="meta"), torch.zeros(1, 1, 128, 128, device="meta")
+        model(input_ids=ids, attention_mask=mask, use_cache=False).logits.sum().backward()
+    assert size.flops(128) == pytest.approx(counter.get_total_flops() / 128, rel=5e-3)
+
+
+def test_keys_and_values_of_different_widths_count_by_their_mean():
+    config = DeepseekV3Config(num_attention_heads=4, qk_nope_head_dim=24, qk_rope_head_dim=8, v_head_dim=16)
+    assert head_width(config) == (24 + 8 + 16) / 2
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_activations_are_what_autograd_keeps(family):
     """Bytes that a forward pass leaves for backward, a layer more against one less."""
     from prosparse.ffn import set_penalty, substitute
     from prosparse.penalty import PenaltyContext, new_statistics
@@ -53,7 +77,8 @@ def test_activations_are_what_autograd_keeps():
     def kept(layers: int, ffn: str) -> int:
         config = compose("train", ["experiment=demo", f"speed.ffn={ffn}"])
         shape = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": layers}
-        model = tiny_llama(**shape).bfloat16()
+        qwen3 = lambda: Qwen3ForCausalLM(Qwen3Config(**WIDE_HEADS | shape, pad_token_id=0))  # noqa: E731
+        model = (tiny_llama(**shape) if family == "llama" else qwen3()).bfloat16()
         substitute(model, "relu")
         make_ready(model, config, torch.device("cpu"))
         set_penalty(model, PenaltyContext(torch.zeros(()), new_statistics(layers)), "eager")
@@ -70,7 +95,8 @@ def test_activations_are_what_autograd_keeps():
             model(input_ids=torch.zeros(2, 128, dtype=torch.long), use_cache=False)
         return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
 
-    size = replace(sizes(compose("plan", ["gpus=1"]).model), hidden=64, neurons=256, heads=4, kv_heads=2)
+    own = {"head": 16, "head_norms": False} if family == "llama" else {"head": 32, "head_norms": True}
+    size = replace(sizes(compose("plan", ["gpus=1"]).model), hidden=64, neurons=256, heads=4, kv_heads=2, **own)
     layer, _ = planning.activations(size, 3, Checkpointing.none)
     assert (kept(3, "save_x1") - kept(2, "save_x1")) / 256 == pytest.approx(layer, rel=0.02)
 
