@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 
@@ -297,7 +298,7 @@ def collect(out: Path) -> dict:
     ]
     verb("report", *lists, f"out={out / 'report'}")
     told = json.loads((out / "report" / "report.json").read_text())
-    first = told["runs"][next(iter(runs))]["report"]
+    first = json.loads((out / next(iter(runs)) / "report" / "report.json").read_text())
     rows = []
     for row in told["table"]:
         if row["run"] in runs and row["model"] in TRAINED:
@@ -411,12 +412,16 @@ def frontier(results: dict, path: Path) -> None:
             x, y = ([100 * r["sparsity"] for r in found], [r["x_control"] for r in found])
             axes.plot(x, y, ".-", color=color, lw=1, ms=4, label=f"{arm}, {how}")
     axes.set(
-        xlabel="sparsity (%): zeros of the gate; gray: of x1",
+        xlabel="sparsity (%): zeros of the gate; gray: of x1 (the axis is the logarithm of what is not zero)",
         ylabel="perplexity / that of SiLU continued (log scale)",
         yscale="log",
     )
     known = [row["x_control"] for row in results["rows"] if row["x_control"] is not None]
     axes.set_yticks(ticks := (1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30), [f"{tick:g}" for tick in ticks])
+    stretched = lambda percent: -np.log10(np.maximum(1e-3, 1 - np.asarray(percent) / 100))  # noqa: E731
+    axes.set_xscale("function", functions=(stretched, lambda value: 100 * (1 - 10 ** -np.asarray(value))))
+    axes.set_xticks(ticks := (0, 50, 70, 80, 85, 90, 93, 95, 97, 98), map(str, ticks))
+    axes.set_xlim(-2, 98.5)
     axes.minorticks_off()
     axes.set_ylim(0.9, 2 * max(known, default=1.0))  # some cuts leave nothing of a model
     axes.grid(alpha=0.3)
