@@ -142,6 +142,7 @@ def test_arms_are_reported_as_multiples_of_the_matched_control(tmp_path):
     a_run(tmp_path / "single" / "relu_only", "relu_only")
     single = study.collect(tmp_path / "single")
     earlier = results | {"rows": [row | {"perplexity": 99} for row in results["rows"] if row["arm"] == "relu_only"]}
+    earlier["notes"] = []
     assert study.joined(single, earlier)["notes"] == ["relu_only 0 trained: perplexity 16.0, earlier 99"]
     with pytest.raises(ValueError, match="earlier=: dtype bf16 there, fp32 in out="):
         study.joined(results | {"conditions": results["conditions"] | {"dtype": "fp32"}}, results)
