@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, distribution
 from itertools import groupby
+from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -111,7 +112,7 @@ def tidy(text: str) -> str:
 
 
 def without_navigation(texts: list[str]) -> list[str]:
-    """Pages of one package without the lines that more than a tenth of them, and at least 5, have."""
+    """Pages of one package without the lines that a tenth of them, and at least 5, have."""
     seen = Counter(line for text in texts for line in set(text.split("\n")) if line)
     common = {line for line, count in seen.items() if count >= max(5, len(texts) / 10)}
     return [tidy("\n".join(line for line in text.split("\n") if line not in common)) for text in texts]
@@ -145,7 +146,9 @@ def download(name: str, folder: Path) -> Path:
         done = subprocess.run(["apt-get", "download", name], cwd=folder, capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"{name}: apt-get download failed; try apt-get update: {done.stderr.strip()[-300:]}")
-    return max(folder.glob(f"{name}_*.deb"))
+    if len(found := list(folder.glob(f"{name}_*.deb"))) > 1:
+        raise ValueError(f"{folder} has {name} in {len(found)} versions: remove all but one")
+    return found[0]
 
 
 def debian(package: Path, name: str) -> Iterator[Document]:
@@ -198,9 +201,14 @@ def write(out: Path, documents: list[Document], manifest: dict) -> dict:
 
 def main(out: str, *options: str) -> None:
     given = {"megabytes": "60", "code": "0.25"} | dict(o.partition("=")[::2] for o in options)
-    megabytes, share = float(given.pop("megabytes")), float(given.pop("code"))
-    if given:
-        raise ValueError(f"{', '.join(given)}: give megabytes=N (of text) or code=SHARE (of it that is Python)")
+    try:
+        megabytes, share = float(given.pop("megabytes")), float(given.pop("code"))
+    except ValueError:
+        megabytes = share = -1.0
+    if given or not 0 < megabytes < inf or not 0 <= share <= 1:
+        raise ValueError(
+            f"{', '.join(options)}: give megabytes=N (of text) and code=SHARE (of it that is Python, 0 to 1)"
+        )
     packages = Path(out) / "packages"
     packages.mkdir(parents=True, exist_ok=True)
     versions: dict[str, str] = {}
@@ -230,5 +238,7 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     try:
         main(*sys.argv[1:])
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"{' '.join(map(str, error.cmd))}: {(error.stderr or b'failed')[-300:]!r}; remove a damaged package")
     except (ValueError, FileNotFoundError) as error:
         sys.exit(str(error))

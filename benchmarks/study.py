@@ -17,7 +17,7 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -163,12 +163,13 @@ def run(arm: str, out: Path, scale: str, seed: int, corpus: str, wikitext: str |
     part = "".join(f", {key}: '{value}'" for key, value in hub.items())
     texts = {"corpus": f"{{path: '{corpus}', held_out: 0.02, rows: 128{part}}}"}
     texts |= {"wikitext": f"{{path: '{wikitext}', rows: 128}}"} if wikitext else {}
-    if not complete(out / "measured" / name):
+    measured = out / "measured" / name
+    if complete(measured) and not texts.keys() <= json.loads((measured / "result.json").read_text())["texts"].keys():
+        shutil.rmtree(measured)  # wikitext= is new
+    if not complete(measured):
         named = ", ".join(f"{key}: {value}" for key, value in texts.items())
         where = [f"context={512 if scale == 'cpu' else 64 if scale == 'smoke' else 1024}", f"cache={out / 'cache'}"]
-        verb(
-            "measure", f"checkpoint={folder}", f"texts={{{named}}}", *where, f"out={out / 'measured' / name}", *devices
-        )
+        verb("measure", f"checkpoint={folder}", f"texts={{{named}}}", *where, f"out={measured}", *devices)
     if not complete(out / "tasks" / name):
         asked = ["tasks=[opposites,series]", f"task_path={ROOT / 'tests' / 'tasks'}", "batch=16"]
         asked += ["limit=4"] if scale == "smoke" else []
@@ -299,74 +300,104 @@ def collect(out: Path) -> dict:
     verb("report", *lists, f"out={out / 'report'}")
     told = json.loads((out / "report" / "report.json").read_text())
     first = json.loads((out / next(iter(runs)) / "report" / "report.json").read_text())
-    rows = []
-    for row in told["table"]:
-        if row["run"] in runs and row["model"] in TRAINED:
-            arm, seed = runs[row["run"]]
-            rows.append({"arm": arm, "seed": seed} | {key: row[key] for key in KEYS})
-    for name, (arm, seed) in runs.items():  # what was measured after the end: of the last model
-        row = [row for row in rows if (row["arm"], row["seed"]) == (arm, seed)][-1]
+    odd = {note.partition(" is not matched with ")[0] for note in told["table_notes"]}
+    controlled = any(arm == "silu_continued" for arm, _ in runs.values())
+    rows, cuts = [], []
+    for name, (arm, seed) in runs.items():
+        commit = json.loads((out / name / "report" / "report.json").read_text())["versions"].get("commit")
+        own = [row for row in told["table"] if row["run"] == name and row["model"] in TRAINED]
+        for row in own:
+            unknown = not controlled and name not in odd
+            matched = {"matched": None if unknown else row["x_control"] is not None, "commit": commit}
+            rows.append({"arm": arm, "seed": seed} | {key: row[key] for key in KEYS} | matched)
+        last = rows[-1]  # what was measured after the end is the last model
         if complete(out / "measured" / name):
             texts = json.loads((out / "measured" / name / "result.json").read_text())["texts"]
-            row["texts"] = {text: texts[text]["perplexity"] for text in texts}
+            last["texts"] = {text: texts[text]["perplexity"] for text in texts}
         if complete(out / "tasks" / name):
             tasks = json.loads((out / "tasks" / name / "result.json").read_text())["tasks"]
-            row["tasks"] = {task: next(iter(tasks[task]["metrics"].values())) for task in tasks}
-    first_of = {(row["arm"], row["seed"]): row for row in reversed(rows)}
-    cuts = []
-    for name, (arm, seed) in runs.items():
-        shared = {"arm": arm, "seed": seed, "tokens_trained": first_of[arm, seed]["tokens_trained"]}
+            last["tasks"] = {task: next(iter(tasks[task]["metrics"].values())) for task in tasks}
+        shared = {key: last[key] for key in ("arm", "seed", "tokens_trained", "matched")}
         cuts += [shared | point for point in cuts_of(out / "cuts" / f"{name}.json")]
     conditions = {key: first[key] for key in ("text", "device", "dtype", "versions", "rows_digest")}
     conditions |= {"tokens": rows[0]["tokens"], "text": first["text"].replace(f"{out.parent}/", "")}
     results = {"conditions": conditions, "rows": rows, "cuts": cuts, "notes": told["table_notes"]}
-    set_multiples(results, [key for key, row in first_of.items() if row["x_control"] is not None])
+    set_multiples(results)
     return results
 
 
-def set_multiples(results: dict, matched: Iterable[tuple[str, int]]) -> None:
-    """Perplexities of the `matched` (arm, seed) by those of SiLU continued and of ReLU only; None where one misses."""
-    first_of = {(row["arm"], row["seed"]): row["perplexity"] for row in reversed(results["rows"])}
-    known = {each: first_of[each] for each in matched}
+def set_multiples(results: dict) -> None:
+    """Perplexities of what is `matched` by those of SiLU continued and of ReLU only; None where one misses."""
+    known = {(row["arm"], row["seed"]): row["perplexity"] for row in results["rows"] if row["matched"]}
     for row in results["rows"] + results["cuts"]:
         for key, control in (("x_control", "silu_continued"), ("x_relu_only", "relu_only")):
-            both = (row["arm"], row["seed"]) in known, known.get((control, row["seed"]))
-            row[key] = row["perplexity"] / both[1] if all(both) else None
+            by = known.get((control, row["seed"])) if row["matched"] else None
+            row[key] = None if by is None else row["perplexity"] / by
 
 
 def joined(results: dict, earlier: dict) -> dict:
-    """`results` and what only `earlier` ones have; notes say where both have an arm, and whether its numbers are equal.
+    """`results` beside `earlier` ones; `repeated` says of an arm that both have whether its numbers are equal.
 
-    Both must be of the same rows, held-out tokens, dtype and device (else ValueError names what differs). An arm whose
-    control is in the other file counts as matched if seed, steps and tokens are the same: its config is not compared.
+    Equal, the earlier rows stay, and the cuts of both; else only those of `results`. Both must be of the same rows,
+    held-out tokens, dtype and device (else ValueError names what differs). Where only `earlier` has a control, an arm
+    counts as matched if its tokens are the control's; a note says that the configs were not compared.
     """
     for key in SAME:
         ours, theirs = (told["conditions"][key] for told in (results, earlier))
         if ours != theirs:
             raise ValueError(f"earlier=: {key} {theirs} there, {ours} in out=: join results of the same conditions")
-    notes = [note for note in results["notes"] + earlier["notes"] if "no silu_continued" not in note]
-    model_of = lambda row: (row["arm"], row["seed"], row.get("model", row.get("cut")))  # noqa: E731
-    added = {}
-    for kind in ("rows", "cuts"):
-        known = {model_of(row): row for row in earlier[kind]}
-        for row in results[kind]:
-            before = known.pop(model_of(row), row)
-            if before is not row:
-                values = ((key, row.get(key), before.get(key)) for key in ("sparsity", "perplexity", "texts", "tasks"))
-                told = [f"{key} {now}, earlier {then}" for key, now, then in values if now != then]
-                notes.append(f"{' '.join(map(str, model_of(row)))}: {'; '.join(told) or 'the same numbers as earlier'}")
-        added[kind] = sorted([*results[kind], *known.values()], key=lambda row: list(ARMS).index(row["arm"]))
-    budget = {(row["arm"], row["seed"]): (row["steps"], row["tokens_trained"]) for row in added["rows"]}
-    matched = set()
-    for told in (results, earlier):
-        controls = {row["seed"] for row in told["rows"] if row["arm"] == "silu_continued"}
-        for arm, seed, known in ((row["arm"], row["seed"], row["x_control"]) for row in told["rows"]):
-            alike = seed not in controls and budget[arm, seed] == budget.get(("silu_continued", seed))
-            matched |= {(arm, seed)} if known is not None or alike else set()
-    conditions = results["conditions"] | {"earlier": earlier["conditions"]["versions"]}
-    both = {"conditions": conditions, **added, "notes": notes}
-    set_multiples(both, matched)
+    control = {row["seed"]: row["tokens_trained"] for row in earlier["rows"] if row["arm"] == "silu_continued"}
+    by_tokens = [row for row in results["rows"] + results["cuts"] if row["matched"] is None and row["seed"] in control]
+    for row in by_tokens:
+        row["matched"] = row["tokens_trained"] == control[row["seed"]]
+    kept: dict[str, list] = {"rows": [], "cuts": []}
+    repeated = []
+    for arm, seed in sorted({(row["arm"], row["seed"]) for told in (results, earlier) for row in told["rows"]}):
+        new, old = (
+            {kind: [row for row in told[kind] if (row["arm"], row["seed"]) == (arm, seed)] for kind in kept}
+            for told in (results, earlier)
+        )
+        differ = [told for rows in zip(new["rows"], old["rows"], strict=False) for told in differences(*rows)]
+        if new["rows"] and old["rows"]:
+            repeated.append(f"{arm} {seed}: {'; '.join(differ) or 'the same numbers as earlier'}")
+        kept["rows"] += new["rows"] if differ or not old["rows"] else old["rows"]
+        cuts = {row["cut"]: row for row in [*([] if differ else old["cuts"]), *new["cuts"]]}
+        kept["cuts"] += sorted(cuts.values(), key=lambda row: float(row["cut"].split()[-1]))
+    notes = results["notes"] + earlier["notes"]
+    if control:
+        notes = [note for note in notes if "no silu_continued" not in note]
+    if arms := dict.fromkeys(row["arm"] for row in kept["rows"] if row["matched"] and row in by_tokens):
+        notes.append(f"matched with the earlier silu_continued by rows and tokens, not by config: {', '.join(arms)}")
+    versions = [*earlier["conditions"].get("earlier", []), earlier["conditions"]["versions"]]
+    both = {"conditions": results["conditions"] | {"earlier": versions}, **kept, "notes": notes, "repeated": repeated}
+    set_multiples(both)
     return both
+
+
+def differences(now: dict, then: dict) -> list[str]:
+    """The numbers of a row that are not those of another one; what only one of them has is not compared."""
+    new, old = (row | row.get("texts", {}) | row.get("tasks", {}) for row in (now, then))
+    keys = ["model", "sparsity", "perplexity", *now.get("texts", {}), *now.get("tasks", {})]
+    return [
+        f"{now['model']} {key} {new[key]}, earlier {old[key]}" for key in keys if old.get(key, new[key]) != new[key]
+    ]
+
+
+def read_results(file: str) -> dict:
+    """A results.json; ValueError if it is none."""
+    try:
+        told = json.loads(Path(file).read_text())
+        known = {row["arm"] for row in told["rows"] + told["cuts"]} <= set(ARMS) and "notes" in told
+        known = known and set(SAME) <= set(told["conditions"])
+    except (OSError, ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise ValueError(f"earlier={file}: no results.json of a study; give one, such as benchmarks/study_cpu.json")
+    for row in told["rows"] + told["cuts"]:
+        row.setdefault("matched", row["x_control"] is not None)
+    for row in told["rows"]:
+        row.setdefault("commit", told["conditions"]["versions"].get("commit"))
+    return told
 
 
 def table(results: dict) -> str:
@@ -420,8 +451,10 @@ def frontier(results: dict, path: Path) -> None:
     axes.set_yticks(ticks := (1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30), [f"{tick:g}" for tick in ticks])
     stretched = lambda percent: -np.log10(np.maximum(1e-3, 1 - np.asarray(percent) / 100))  # noqa: E731
     axes.set_xscale("function", functions=(stretched, lambda value: 100 * (1 - 10 ** -np.asarray(value))))
-    axes.set_xticks(ticks := (0, 50, 70, 80, 85, 90, 93, 95, 97, 98), map(str, ticks))
-    axes.set_xlim(-2, 98.5)
+    most = max((100 * row["sparsity"] for row in results["rows"] + results["cuts"] if row["x_control"]), default=0)
+    ticks = [tick for tick in (0, 50, 70, 80, 85, 90, 93, 95, 97, 98, 99) if tick <= max(50, most)]
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.set_xlim(-2, max(50, most + (100 - most) / 10))
     axes.minorticks_off()
     axes.set_ylim(0.9, 2 * max(known, default=1.0))  # some cuts leave nothing of a model
     axes.grid(alpha=0.3)
@@ -450,28 +483,38 @@ def main(*arguments: str) -> None:
     if report:
         if given:
             raise ValueError(f"report does not know {given[0]}: it reads {', '.join(f'{key}=' for key in read)}")
-        earlier = options.get("earlier")
-        if earlier and not Path(earlier).is_file():
-            raise ValueError(f"earlier={earlier}: no such file; give a results.json")
+        earlier = read_results(options["earlier"]) if "earlier" in options else None
         results = collect(out)
-        if earlier:
-            results = joined(results, json.loads(Path(earlier).read_text()))
+        results = joined(results, earlier) if earlier else results
         (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         (out / "results.md").write_text(table(results))
         frontier(results, out / "frontier.png")
-        print(table(results), *results["notes"], sep="\n")
+        print(table(results), *results["notes"], *results.get("repeated", []), sep="\n")
         return
-    path = lambda text: text if not text or "://" in text else str(Path(text).resolve())  # noqa: E731
-    arms, corpus, scale = options["arm"].split(","), path(options["corpus"]), options["scale"]
+    arms, scale = options["arm"].split(","), options["scale"]
     for arm in arms:
-        arm in CUTS or overrides(arm, scale)  # all names first
+        overrides(BASE if arm in CUTS else arm, scale)  # all names first
+    for key in ("corpus", "wikitext"):
+        if options[key] and "://" not in options[key]:
+            options[key] = str(Path(options[key]).resolve())
+            if not Path(options[key]).exists():
+                raise ValueError(f"{key}={options[key]} does not exist: give a file, a folder or hub://NAME")
+    if not options["seed"].isdecimal():
+        raise ValueError(f"seed={options['seed']}: give a whole number")
     for arm in arms:
         if arm not in CUTS:
-            run(arm, out, scale, int(options["seed"]), corpus, path(options["wikitext"]) or None, given)
+            run(arm, out, scale, int(options["seed"]), options["corpus"], options["wikitext"] or None, given)
             continue
-        for name, (trained, _) in names(out).items():
-            if arm == ("magnitude" if trained == "silu_continued" else "thresholds") and NEURON not in ARMS[trained]:
-                CUTS[arm](out, name, scale, corpus, given)  # thresholds by neuron are folded into the weights
+        fitting = [name for name, (trained, _) in names(out).items() if may_be_cut(arm, trained)]
+        if not fitting:
+            raise ValueError(f"arm={arm}: no arm that it cuts has ended in out={out}; train one first")
+        for name in fitting:
+            CUTS[arm](out, name, scale, options["corpus"], given)
+
+
+def may_be_cut(how: str, trained: str) -> bool:
+    """Whether an arm's model is cut that way; thresholds by neuron are in its weights already."""
+    return NEURON not in ARMS[trained] and how == ("magnitude" if trained == "silu_continued" else "thresholds")
 
 
 if __name__ == "__main__":

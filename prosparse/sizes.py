@@ -66,7 +66,8 @@ def sizes(model: Model) -> Sizes:
     counts = (text.hidden_size, text.intermediate_size, text.num_hidden_layers, heads)
     rest = (getattr(text, "num_key_value_heads", None) or heads, text.vocab_size, bool(text.tie_word_embeddings))
     parameters = sum(p.numel() for p in empty.parameters())
-    normed = any(name.endswith("q_norm") for name, _ in empty.named_modules())
+    norms = {"q_norm", "q_layernorm", "query_layernorm"}  # what families call it
+    normed = any(name.rpartition(".")[2] in norms for name, _ in empty.named_modules())
     return Sizes(*counts, *rest, parameters, head_width(text), normed)
 
 

@@ -63,8 +63,15 @@ def test_what_is_unknown_is_refused_and_nothing_is_written(tmp_path):
         study.main(f"out={tmp_path}", "corpus=x", "arm=relu_only,swish")
     with pytest.raises(ValueError, match="report does not know corpus=x: it reads out=, earlier="):
         study.main("report", f"out={tmp_path}", "corpus=x")
-    with pytest.raises(ValueError, match=r"earlier=none\.json: no such file"):
+    with pytest.raises(ValueError, match=r"earlier=none\.json: no results\.json of a study; give one"):
         study.main("report", f"out={tmp_path}", "earlier=none.json")
+    for given in (["corpus=x"], ["corpus=hub://x", "wikitext=x"]):
+        with pytest.raises(ValueError, match=rf"{given[-1][:-1]}.*/x does not exist: give a file"):
+            study.main(f"out={tmp_path}", *given)
+    with pytest.raises(ValueError, match="seed=one: give a whole number"):
+        study.main(f"out={tmp_path}", "corpus=hub://x", "seed=one")
+    with pytest.raises(ValueError, match="arm=thresholds: no arm that it cuts has ended"):
+        study.main(f"out={tmp_path}", "corpus=hub://x", "arm=thresholds")
     assert not list(tmp_path.iterdir())
 
 
@@ -81,7 +88,7 @@ def test_an_arm_is_trained_measured_and_asked_once_and_cut_without_training(tiny
     assert run.status == "finished" and not (run.folder / "checkpoints").exists()
     assert all(study.complete(out / kind / "silu_continued") for kind in ("measured", "tasks"))
 
-    study.main(*asked, "arm=magnitude,thresholds")
+    study.main(*asked, "arm=magnitude")
     whole, *cut = json.loads((out / "cuts" / "silu_continued.json").read_text())["points"]
     assert whole["perplexity"] == pytest.approx(run.models["trained"]["perplexity"], rel=1e-3)
     assert whole["sparsity"] < 0.01 and len(list((out / "cuts").iterdir())) == 1
@@ -110,6 +117,12 @@ def test_arms_are_reported_as_multiples_of_the_matched_control(tmp_path):
     for folder in ("measured", "cuts"):
         (tmp_path / folder).mkdir()
     a_measurement(tmp_path / "measured" / "progressive_shift", str(tmp_path / "progressive_shift"), 22, 0.7)
+    recovered = tmp_path / "progressive_shift_recover" / "report" / "report.json"
+    a_run(recovered.parents[1])
+    told = json.loads(recovered.read_text())
+    told["models"]["recovered"] = told["models"]["shifted"]
+    told["models"]["trained"] = told["models"]["trained"] | {"step": 8}  # its recovery are the last steps
+    recovered.write_text(json.dumps(told))
     point = {"cut": "x1 quantile 0.5", "sparsity": 0.5, "perplexity": 24.0}
     (tmp_path / "cuts" / "silu_continued.json").write_text(json.dumps({"points": [point]}))
     study.main("report", f"out={tmp_path}")
@@ -117,6 +130,8 @@ def test_arms_are_reported_as_multiples_of_the_matched_control(tmp_path):
     rows = {(row["arm"], row["seed"], row["model"]): row for row in results["rows"]}
     assert rows["silu_continued", 0, "trained"]["x_control"] == 1
     assert rows["progressive_shift", 0, "shifted"]["x_control"] == 22 / 16
+    assert rows["progressive_shift_recover", 0, "trained"]["x_control"] is None
+    assert rows["progressive_shift_recover", 0, "recovered"]["x_control"] == 22 / 16
     assert rows["progressive_shift", 0, "shifted"]["texts"] == {"code": 21, "wiki": 23}
     assert rows["progressive_shift", 1, "shifted"]["x_control"] is None  # another seed has no control of its own
     assert any("seed 1 and 0" in note for note in results["notes"])
@@ -126,24 +141,28 @@ def test_arms_are_reported_as_multiples_of_the_matched_control(tmp_path):
     assert "| relu_only | trained | 0 | 12,288 |" in page and "| drelu | not measured |" in page
     assert page == study.table(results) and (tmp_path / "frontier.png").stat().st_size > 0
 
-    # elsewhere one arm is repeated and another added: beside the earlier results
+    # elsewhere one arm is repeated and others are added: beside the earlier results
     other = tmp_path / "other"
     a_run(other / "relu_only", "relu_only")
     a_run(other / "drelu")
     a_run(other / "target_89", tokens=6144)  # on fewer tokens: not matched
     study.main("report", f"out={other}", f"earlier={tmp_path / 'results.json'}")
     both = json.loads((other / "results.json").read_text())
-    added = {(row["arm"], row["model"]): row for row in both["rows"] if row["seed"] == 0}
-    assert "relu_only 0 trained: the same numbers as earlier" in both["notes"] and both["cuts"] == results["cuts"]
-    assert [row for row in both["rows"] if row["arm"] not in ("drelu", "target_89")] == results["rows"]
-    assert added["drelu", "trained"]["x_control"] == 21 / 16 and added["target_89", "trained"]["x_control"] is None
+    added = {(row["arm"], row["seed"], row["model"]): row for row in both["rows"]}
+    assert both["repeated"] == ["relu_only 0: the same numbers as earlier"] and both["cuts"] == results["cuts"]
+    assert {each: added[each] for each in rows} == rows
+    assert added["drelu", 0, "trained"]["x_control"] == 21 / 16
+    assert added["target_89", 0, "trained"]["x_control"] is None
+    assert "matched with the earlier silu_continued by rows and tokens, not by config: drelu" in both["notes"]
     assert "| drelu | trained | 0 | 12,288 |" in (other / "results.md").read_text()
 
+    # a repeat that differs stands in place of the earlier rows and cuts
     a_run(tmp_path / "single" / "relu_only", "relu_only")
     single = study.collect(tmp_path / "single")
-    earlier = results | {"rows": [row | {"perplexity": 99} for row in results["rows"] if row["arm"] == "relu_only"]}
-    earlier["notes"] = []
-    assert study.joined(single, earlier)["notes"] == ["relu_only 0 trained: perplexity 16.0, earlier 99"]
+    earlier = {**results, "notes": [], "cuts": [results["cuts"][0] | {"arm": "relu_only"}]}
+    earlier["rows"] = [row | {"perplexity": 99} if row["arm"] == "relu_only" else row for row in results["rows"]]
+    both = study.joined(single, earlier)
+    assert both["repeated"] == ["relu_only 0: trained perplexity 16.0, earlier 99"] and not both["cuts"]
     with pytest.raises(ValueError, match="earlier=: dtype bf16 there, fp32 in out="):
         study.joined(results | {"conditions": results["conditions"] | {"dtype": "fp32"}}, results)
 
