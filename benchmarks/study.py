@@ -48,6 +48,7 @@ GRID = (0.3, 0.5, 0.7, 0.8, 0.89)  # sparsities of the arm without training
 THRESHOLDS = (0.05, 0.1, 0.2, 0.4, 0.8)  # on the gates of the trained models
 KEYS = ("model", "sparsity", "perplexity", "x_control", "tokens", "tokens_trained", "steps", "activation")
 SAME = ("rows_digest", "tokens", "dtype", "device")  # conditions of results that may stand in one table
+ROUNDING = 1e-6  # relative: versions that add up in another order
 TRAINED = ("trained", "shifted", "recovered")
 TASKS = ("opposites", "series")
 FILES = "data.sources.files."  # of a Hub corpus: config, split, column
@@ -338,9 +339,9 @@ def set_multiples(results: dict) -> None:
 def joined(results: dict, earlier: dict) -> dict:
     """`results` beside `earlier` ones; `repeated` says of an arm that both have whether its numbers are equal.
 
-    Equal, the earlier rows stay, and the cuts of both; else only those of `results`. Both must be of the same rows,
-    held-out tokens, dtype and device (else ValueError names what differs). Where only `earlier` has a control, an arm
-    counts as matched if its tokens are the control's; a note says that the configs were not compared.
+    Equal but for rounding, the earlier rows stay, and the cuts of both; else only those of `results`. Both must be of
+    the same rows, held-out tokens, dtype and device (else ValueError names what differs). Where only `earlier` has a
+    control, an arm counts as matched if its tokens are the control's; a note says that the configs were not compared.
     """
     for key in SAME:
         ours, theirs = (told["conditions"][key] for told in (results, earlier))
@@ -357,9 +358,13 @@ def joined(results: dict, earlier: dict) -> dict:
             {kind: [row for row in told[kind] if (row["arm"], row["seed"]) == (arm, seed)] for kind in kept}
             for told in (results, earlier)
         )
-        differ = [told for rows in zip(new["rows"], old["rows"], strict=False) for told in differences(*rows)]
+        apart = {
+            key: by for rows in zip(new["rows"], old["rows"], strict=False) for key, by in distances(*rows).items()
+        }
+        differ = max(apart.values(), default=0) > ROUNDING
         if new["rows"] and old["rows"]:
-            repeated.append(f"{arm} {seed}: {'; '.join(differ) or 'the same numbers as earlier'}")
+            told = ", ".join(f"{key} {by:.1e}" for key, by in apart.items())
+            repeated.append(f"{arm} {seed}: {told + ' apart from earlier' if told else 'the same numbers as earlier'}")
         kept["rows"] += new["rows"] if differ or not old["rows"] else old["rows"]
         cuts = {row["cut"]: row for row in [*([] if differ else old["cuts"]), *new["cuts"]]}
         kept["cuts"] += sorted(cuts.values(), key=lambda row: float(row["cut"].split()[-1]))
@@ -374,13 +379,14 @@ def joined(results: dict, earlier: dict) -> dict:
     return both
 
 
-def differences(now: dict, then: dict) -> list[str]:
-    """The numbers of a row that are not those of another one; what only one of them has is not compared."""
+def distances(now: dict, then: dict) -> dict[str, float]:
+    """Relative distances of a row's numbers that are not another's; what only one of them has is not compared."""
+    if now["model"] != then["model"]:
+        return {f"{now['model']}, earlier {then['model']}:": math.inf}
     new, old = (row | row.get("texts", {}) | row.get("tasks", {}) for row in (now, then))
-    keys = ["model", "sparsity", "perplexity", *now.get("texts", {}), *now.get("tasks", {})]
-    return [
-        f"{now['model']} {key} {new[key]}, earlier {old[key]}" for key in keys if old.get(key, new[key]) != new[key]
-    ]
+    keys = ["sparsity", "perplexity", *now.get("texts", {}), *now.get("tasks", {})]
+    found = {f"{now['model']} {key}": (new[key], old.get(key, new[key])) for key in keys}
+    return {key: abs(one - other) / max(one, other) for key, (one, other) in found.items() if one != other}
 
 
 def read_results(file: str) -> dict:
