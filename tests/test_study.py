@@ -163,7 +163,8 @@ def test_arms_are_reported_as_multiples_of_the_matched_control(tmp_path):
     earlier["rows"] = [row | {"perplexity": 99} if row["arm"] == "relu_only" else row for row in results["rows"]]
     both = study.joined(single, earlier)
     assert both["repeated"] == ["relu_only 0: trained perplexity 8.4e-01 apart from earlier"] and not both["cuts"]
-    earlier["rows"] = [row | {"perplexity": 16 + 1.6e-7} if row["arm"] == "relu_only" else row for row in results["rows"]]
+    near = {"perplexity": 16 + 1.6e-7}
+    earlier["rows"] = [row | near if row["arm"] == "relu_only" else row for row in results["rows"]]
     both = study.joined(single, earlier)
     assert both["repeated"] == ["relu_only 0: trained perplexity 1.0e-08 apart from earlier"] and both["cuts"]
     with pytest.raises(ValueError, match="earlier=: dtype bf16 there, fp32 in out="):
