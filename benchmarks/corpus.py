@@ -240,5 +240,5 @@ if __name__ == "__main__":
         main(*sys.argv[1:])
     except subprocess.CalledProcessError as error:
         sys.exit(f"{' '.join(map(str, error.cmd))}: {(error.stderr or b'failed')[-300:]!r}; remove a damaged package")
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(str(error))
+    except (ValueError, LookupError, OSError) as error:
+        sys.exit(f"{sys.argv[1]}: {error}")

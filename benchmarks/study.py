@@ -18,7 +18,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
+from dataclasses import asdict
+from functools import partial, reduce
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from prosparse.ffn import activation_of, round_bf16, substitute
 from prosparse.penalty import new_statistics, sparsity_by_layer, tally_kept
 from prosparse.plotting import GRAY, SERIES
 from prosparse.preparation import prepare
+from prosparse.records import _flat, read_run
 from prosparse.sparsity import measure, run_passes, spread
 from prosparse.telemetry import device_name, write_atomically
 
@@ -102,7 +104,8 @@ def overrides(arm: str, scale: str = "cpu", seed: int = 0) -> list[str]:
     """Those of `prosparse train` for an arm, but its text and its folder; ValueError for an unknown arm or scale."""
     for key, name, names in (("arm", arm, ARMS), ("scale", scale, SCALES)):
         if name not in names:
-            raise ValueError(f"{key}={name}: give one of {', '.join(names)}")
+            cuts = CUTS if key == "arm" else ()
+            raise ValueError(f"{key}={name}: give one of {', '.join([*names, *cuts])}")
     counts, recovery, changed = SCALES[scale]
     own = [override for override in ARMS[arm] if override != RECOVER]
     if RECOVER in ARMS[arm]:  # the same tokens; the learning rate at which the others end
@@ -141,6 +144,20 @@ def verb(name: str, *overrides: str) -> None:
         sys.exit(done.returncode)
 
 
+def check_settings(folder: Path, wanted: list[str]) -> None:
+    """ValueError if the run there was trained with another recipe, model, text or seed than `wanted` overrides say."""
+    if "recipe" not in (had := read_run(folder).config):
+        raise ValueError(f"{folder} has no config.yaml of a run: remove it, or give another out=")
+    now = json.loads(json.dumps(asdict(compose("train", wanted)), default=str))
+    for key in ("recipe", "model", "data.sources", "seed"):
+        first, second = (reduce(lambda part, name: part[name], key.split("."), config) for config in (had, now))
+        flat = [{name: str(value) for name, value in _flat(part, key).items()} for part in (first, second)]
+        for name in flat[0].keys() & flat[1].keys():
+            if flat[0][name] != flat[1][name]:
+                told = f"{name}={flat[0][name]}, not {flat[1][name]}"
+                raise ValueError(f"{folder} was trained with {told}: remove it, or give another out=")
+
+
 def complete(folder: Path) -> bool:
     """Whether `measure` or `eval` has written its whole result there."""
     file = folder / "result.json"
@@ -152,7 +169,9 @@ def run(arm: str, out: Path, scale: str, seed: int, corpus: str, wikitext: str |
     name = folder_of(arm, seed)
     folder, devices = out / name, [o for o in given if o.startswith(("threads=", "device="))]
     text = [f"data.sources.files.path={corpus}", f"data.cache={out / 'cache'}"]
-    if not (folder / "report" / "report.json").exists():
+    if (folder / "report" / "report.json").exists():
+        check_settings(folder, [*overrides(arm, scale, seed), f"run_dir={folder}", *text, *given])
+    else:
         for kind in ("measured", "tasks"):  # of a run that was removed
             shutil.rmtree(out / kind / name, ignore_errors=True)
         (out / "cuts" / f"{name}.json").unlink(missing_ok=True)
@@ -395,14 +414,14 @@ def read_results(file: str) -> dict:
         told = json.loads(Path(file).read_text())
         known = {row["arm"] for row in told["rows"] + told["cuts"]} <= set(ARMS) and "notes" in told
         known = known and set(SAME) <= set(told["conditions"])
+        for row in told["rows"] + told["cuts"]:
+            row.setdefault("matched", row["x_control"] is not None)
+        for row in told["rows"]:
+            row.setdefault("commit", told["conditions"]["versions"].get("commit"))
     except (OSError, ValueError, KeyError, TypeError):
         known = False
     if not known:
         raise ValueError(f"earlier={file}: no results.json of a study; give one, such as benchmarks/study_cpu.json")
-    for row in told["rows"] + told["cuts"]:
-        row.setdefault("matched", row["x_control"] is not None)
-    for row in told["rows"]:
-        row.setdefault("commit", told["conditions"]["versions"].get("commit"))
     return told
 
 
@@ -492,8 +511,8 @@ def main(*arguments: str) -> None:
         earlier = read_results(options["earlier"]) if "earlier" in options else None
         results = collect(out)
         results = joined(results, earlier) if earlier else results
-        (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-        (out / "results.md").write_text(table(results))
+        write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
+        write_atomically(out / "results.md", table(results))
         frontier(results, out / "frontier.png")
         print(table(results), *results["notes"], *results.get("repeated", []), sep="\n")
         return

@@ -84,6 +84,8 @@ def test_an_arm_is_trained_measured_and_asked_once_and_cut_without_training(tiny
     made = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     study.main(*asked, "arm=silu_continued")
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == made
+    with pytest.raises(ValueError, match=r"silu_continued was trained with recipe\.lr\.peak=0.0003, not 0.0009"):
+        study.main(*asked, "arm=silu_continued", "recipe.lr.peak=9e-4")
     run = read_run(out / "silu_continued")
     assert run.status == "finished" and not (run.folder / "checkpoints").exists()
     assert all(study.complete(out / kind / "silu_continued") for kind in ("measured", "tasks"))
