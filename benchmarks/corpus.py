@@ -186,7 +186,8 @@ def write(out: Path, documents: list[Document], manifest: dict) -> dict:
     documents = sorted(documents, key=lambda document: document.digest)
     lines = [json.dumps({"text": d.text, "origin": d.origin}, ensure_ascii=False) + "\n" for d in documents]
     out.mkdir(parents=True, exist_ok=True)
-    (out / "corpus.jsonl").write_text("".join(lines), encoding="utf-8")
+    (part := out / "corpus.jsonl.part").write_text("".join(lines), encoding="utf-8")
+    part.replace(out / "corpus.jsonl")
     by_source = sorted((d.origin.split("/")[0], len(d.text.encode())) for d in documents)
     manifest["sources"] = {
         name: {"version": manifest["versions"].get(name), "documents": len(sizes), "bytes": sum(sizes)}
