@@ -242,4 +242,4 @@ if __name__ == "__main__":
     except subprocess.CalledProcessError as error:
         sys.exit(f"{' '.join(map(str, error.cmd))}: {(error.stderr or b'failed')[-300:]!r}; remove a damaged package")
     except (ValueError, LookupError, OSError) as error:
-        sys.exit(f"{sys.argv[1]}: {error}")
+        sys.exit(str(error))

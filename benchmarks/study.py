@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ from prosparse.ffn import activation_of, round_bf16, substitute
 from prosparse.penalty import new_statistics, sparsity_by_layer, tally_kept
 from prosparse.plotting import GRAY, SERIES
 from prosparse.preparation import prepare
-from prosparse.records import _flat, read_run
+from prosparse.records import flattened, read_run
 from prosparse.sparsity import measure, run_passes, spread
 from prosparse.telemetry import device_name, write_atomically
 
@@ -149,13 +149,11 @@ def check_settings(folder: Path, wanted: list[str]) -> None:
     if "recipe" not in (had := read_run(folder).config):
         raise ValueError(f"{folder} has no config.yaml of a run: remove it, or give another out=")
     now = json.loads(json.dumps(asdict(compose("train", wanted)), default=str))
-    for key in ("recipe", "model", "data.sources", "seed"):
-        first, second = (reduce(lambda part, name: part[name], key.split("."), config) for config in (had, now))
-        flat = [{name: str(value) for name, value in _flat(part, key).items()} for part in (first, second)]
-        for name in flat[0].keys() & flat[1].keys():
-            if flat[0][name] != flat[1][name]:
-                told = f"{name}={flat[0][name]}, not {flat[1][name]}"
-                raise ValueError(f"{folder} was trained with {told}: remove it, or give another out=")
+    before, after = ({key: str(value) for key, value in flattened(config).items()} for config in (had, now))
+    for key in sorted(before.keys() & after.keys()):
+        if key.startswith(("recipe.", "model.", "data.sources.", "seed")) and before[key] != after[key]:
+            told = f"{key}={before[key]}, not {after[key]}"
+            raise ValueError(f"{folder} was trained with {told}: remove it, or give another out=")
 
 
 def complete(folder: Path) -> bool:
@@ -319,16 +317,17 @@ def collect(out: Path) -> dict:
     ]
     verb("report", *lists, f"out={out / 'report'}")
     told = json.loads((out / "report" / "report.json").read_text())
-    first = json.loads((out / next(iter(runs)) / "report" / "report.json").read_text())
+    reports = {name: json.loads((out / name / "report" / "report.json").read_text()) for name in runs}
+    first = reports[next(iter(runs))]
     odd = {note.partition(" is not matched with ")[0] for note in told["table_notes"]}
     controlled = any(arm == "silu_continued" for arm, _ in runs.values())
     rows, cuts = [], []
     for name, (arm, seed) in runs.items():
-        commit = json.loads((out / name / "report" / "report.json").read_text())["versions"].get("commit")
         own = [row for row in told["table"] if row["run"] == name and row["model"] in TRAINED]
         for row in own:
             unknown = not controlled and name not in odd
-            matched = {"matched": None if unknown else row["x_control"] is not None, "commit": commit}
+            matched = {"matched": None if unknown else row["x_control"] is not None}
+            matched |= {"commit": reports[name]["versions"].get("commit")}
             rows.append({"arm": arm, "seed": seed} | {key: row[key] for key in KEYS} | matched)
         last = rows[-1]  # what was measured after the end is the last model
         if complete(out / "measured" / name):

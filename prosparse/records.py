@@ -343,7 +343,7 @@ def controls(records: Sequence[Record]) -> tuple[dict[str, Record], list[str]]:
 
 def _conditions(config: dict[str, Any]) -> dict[str, Any]:
     """What has to be equal for a fair comparison, by dotted key."""
-    flat = _flat(config)
+    flat = flattened(config)
     kept = {
         key: value for key, value in flat.items() if key.startswith(CONDITIONS) and not key.startswith(NO_CONDITION)
     }
@@ -355,13 +355,14 @@ def _conditions(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
+def flattened(value: Any, path: str = "") -> dict[str, Any]:
+    """The values of nested dicts by dotted key, below `path`."""
     if not isinstance(value, dict):
         return {path: value}
     return {
         key: part
         for name, item in value.items()
-        for key, part in _flat(item, f"{path}.{name}" if path else str(name)).items()
+        for key, part in flattened(item, f"{path}.{name}" if path else str(name)).items()
     }
 
 
